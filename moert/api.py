@@ -1,0 +1,139 @@
+"""The functions that `import moert` offers; HuggingFace is imported when one of them is first used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import moert.hf  # noqa: F401  # registers the quantizer plug-in, so that OffloadConfig works with from_pretrained
+from moert.config import OffloadConfig
+from moert.errors import ConfigError, KernelUnavailableError
+from moert.hf import loading, patching
+from moert.hf import model as _model
+from moert.runtime.stats import Stats
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["OffloadConfig", "Progress", "close", "load", "patch", "reset_stats", "stats", "unpatch"]
+
+Model = TypeVar("Model", bound="nn.Module")
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) as experts are read."""
+
+
+def load(path_or_id: str | os.PathLike[str], *, progress: Progress | None = None, **options: Any) -> Any:
+    """Load a HuggingFace model whose experts stay on disk and come into host memory as they are needed.
+
+    The dense weights are loaded by HuggingFace as usual; expert weights are never materialised outside moert's tiers.
+    The model is an ordinary HuggingFace model in evaluation mode: `generate`, pipelines and so on work as before. It
+    keeps its files open and its threads alive until `moert.close`, the end of a `with` statement over it, or its
+    collection. Blocks while it loads.
+
+    Args:
+        path_or_id: a checkpoint's folder, or a model id of the hub.
+        progress: called from the loading thread while experts are preloaded.
+        **options: the fields of `OffloadConfig` (host_memory, policy, ...); everything else (dtype, revision,
+            attn_implementation, ...) goes to HuggingFace's `from_pretrained` unchanged.
+
+    Returns:
+        The model, of the class that its configuration names; what `from_pretrained` returns if it was asked for more.
+
+    Raises:
+        ConfigError: a malformed option, or a path that is no checkpoint.
+        UnsupportedModelError: a dense model, a quantised checkpoint, or experts of an unknown layout; it says which.
+        CapacityError: a budget below what one token needs, or above the memory there is.
+        CorruptFileError, TransferError: a file is missing, truncated, malformed or unreadable.
+    """
+    config, hf_kwargs = _split(options)
+    return loading.load(path_or_id, config, progress, **hf_kwargs)
+
+
+def patch(model: Model, *, progress: Progress | None = None, **options: Any) -> Model:
+    """Hand the experts of a model in memory to moert, in place; also usable as `with moert.patch(model): ...`.
+
+    Without `host_memory`, or with enough of it, the experts stay in the very parameters they are in. With less, they
+    are written to an unnamed file in `cache_dir` and their memory is freed, save for the slots. Blocks while it writes.
+
+    Returns:
+        `model` itself. At the end of a `with` statement over it, it is unpatched.
+
+    Raises:
+        MoertError: it is patched already.
+        ConfigError, UnsupportedModelError, CapacityError, TransferError: as `load`, and the model is as it was.
+    """
+    config, unknown = _split(options)
+    if unknown:
+        raise ConfigError(f"unknown option {sorted(unknown)[0]!r}; there are {', '.join(OffloadConfig.option_names())}")
+    patching.patch(model, config, progress)
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Give a model its own experts modules back.
+
+    After `patch`: the very same module and parameter objects, bit for bit. After `load`: the parameters are made and
+    read, so the whole model must fit in memory, and it is then as if it had been loaded without moert. Blocks while it
+    reads.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        MoertError: nothing in it is offloaded.
+        CapacityError: too little memory for the experts; the model stays as it is and works.
+        CorruptFileError, TransferError: an expert could not be read; likewise.
+    """
+    patching.unpatch(model)
+    return model
+
+
+def stats(model: nn.Module) -> Stats:
+    """What the model's cache has done since it was loaded or patched; a snapshot, cheap.
+
+    Raises:
+        MoertError: nothing in the model is offloaded.
+    """
+    return _model.runtime_of(model).stats()
+
+
+def reset_stats(model: nn.Module) -> None:
+    """Start the counts of `stats` at zero; what is resident stays resident.
+
+    Raises:
+        MoertError: nothing in the model is offloaded.
+    """
+    _model.runtime_of(model).reset_stats()
+
+
+def close(model: nn.Module) -> None:
+    """Give back the memory, threads and files behind a model's experts; later forwards raise MoertError. Idempotent.
+
+    Raises:
+        MoertError: nothing in the model is offloaded.
+    """
+    _model.close(model)
+
+
+def _split(options: dict[str, Any]) -> tuple[OffloadConfig, dict[str, Any]]:
+    names = OffloadConfig.option_names()
+    config = OffloadConfig(**{name: value for name, value in options.items() if name in names})
+    if config.device_memory is not None:
+        _refuse_device_memory(config)
+    return config, {name: value for name, value in options.items() if name not in names}
+
+
+def _refuse_device_memory(config: OffloadConfig) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"device_memory={config.device_memory!r} needs a CUDA device, and there is none here; leave it out to run "
+            "the experts on the CPU"
+        )
+    raise KernelUnavailableError(
+        f"device_memory={config.device_memory!r}: this version of moert has no device tier yet; leave it out to run "
+        "the experts on the CPU"
+    )

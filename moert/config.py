@@ -1,0 +1,133 @@
+"""The options of moert: one flat, frozen dataclass, and the parsing of byte sizes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from moert.errors import ConfigError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)},
+}
+_SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?|\.\d+)\s*(?P<unit>[a-zA-Z]*|%)\s*")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A parsed byte budget: a number of bytes, or a share of all expert bytes (exactly one of the two is set)."""
+
+    nbytes: int | None = None
+    share: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.share:.4g} of the expert bytes" if self.nbytes is None else format_bytes(self.nbytes)
+
+
+def format_bytes(nbytes: float) -> str:
+    """`nbytes` for people, in binary units: `3.1 GiB`."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def parse_budget(value: int | float | str, option: str) -> Budget:
+    """Read a budget such as `"4GiB"`, `"512 MB"`, `"25%"` or a number of bytes.
+
+    Decimal units (KB, MB, GB, TB) are powers of 1000, binary ones (KiB, MiB, GiB, TiB) powers of 1024.
+
+    Raises:
+        ConfigError: the text is not a size, or the size is not positive and finite; `option` is named.
+    """
+    hint = 'give bytes, a size such as "4GiB" or "512MB", or a share of the expert bytes such as "25%"'
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ConfigError(f"{option}={value!r} is not a size; {hint}")
+    if isinstance(value, (int, float)):
+        if not math.isfinite(value) or value < 1:
+            raise ConfigError(f"{option}={value!r} must be a positive number of bytes; {hint}")
+        return Budget(nbytes=int(value))
+    match = _SIZE.fullmatch(value)
+    unit = match["unit"].lower() if match else ""
+    if match is None or (unit != "%" and unit not in _UNITS):
+        raise ConfigError(f"{option}={value!r} is not a size; {hint}")
+    number = float(match["number"])
+    if unit == "%":
+        if not 0 < number <= 100:
+            raise ConfigError(f"{option}={value!r} must be above 0% and at most 100%")
+        return Budget(share=number / 100)
+    nbytes = number * _UNITS[unit]
+    if not math.isfinite(nbytes) or nbytes < 1:
+        raise ConfigError(f"{option}={value!r} is less than one byte; {hint}")
+    return Budget(nbytes=int(nbytes))
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """How a model's experts are kept and moved. Defaults work; `None` means measured.
+
+    It can be handed to `moert.load` and `moert.patch` field by field, or to HuggingFace as it is:
+    `AutoModelForCausalLM.from_pretrained(path, quantization_config=moert.OffloadConfig(host_memory="4GiB"))`.
+
+    Raises:
+        ConfigError: on construction, for any value that cannot be honoured.
+    """
+
+    host_memory: int | float | str | None = None
+    """Bytes of host memory for experts: "4GiB", bytes, or "25%" of the expert bytes. None: what this machine and its
+    cgroups have free after the dense weights, less head-room."""
+    device_memory: int | float | str | None = None
+    """Bytes of device memory for experts; needs a CUDA device. None: no device tier."""
+    policy: str = "lru"
+    """Which resident expert leaves: the name of a file in `moert/policies`, or "package.module:Class"."""
+    io_depth: int = 4
+    """Expert reads in flight at once."""
+    direct_io: bool = True
+    """Read past the page cache (O_DIRECT) where the file system can; a file system that cannot is read through it."""
+    preload: bool | None = None
+    """Read experts at load until the host tier is full. None: only when all experts fit."""
+    cache_dir: str | None = None
+    """Where `patch` keeps experts that do not fit in host memory (as an unlinked file). None: the temporary folder."""
+    debug: bool = False
+    """Check every invariant after every step and fill freed slots with NaN. Slow."""
+
+    quant_method: ClassVar[str] = "moert"
+
+    def __post_init__(self) -> None:
+        for option in ("host_memory", "device_memory"):
+            value = getattr(self, option)
+            if value is not None:
+                parse_budget(value, option)
+        if not isinstance(self.policy, str) or not self.policy:
+            raise ConfigError(f'policy={self.policy!r} must be the name of a policy or "package.module:Class"')
+        if isinstance(self.io_depth, bool) or not isinstance(self.io_depth, int) or not 1 <= self.io_depth <= 64:
+            raise ConfigError(f"io_depth={self.io_depth!r} must be a whole number from 1 to 64")
+        for option in ("direct_io", "debug"):
+            if not isinstance(getattr(self, option), bool):
+                raise ConfigError(f"{option}={getattr(self, option)!r} must be True or False")
+        if self.preload is not None and not isinstance(self.preload, bool):
+            raise ConfigError(f"preload={self.preload!r} must be True, False or None")
+        if self.cache_dir is not None and not isinstance(self.cache_dir, (str, Path)):
+            raise ConfigError(f"cache_dir={self.cache_dir!r} must be a folder's path")
+
+    @classmethod
+    def option_names(cls) -> tuple[str, ...]:
+        """The names of all options, in order."""
+        return tuple(field.name for field in fields(cls))
+
+    @property
+    def host_budget(self) -> Budget | None:
+        """`host_memory`, parsed."""
+        return None if self.host_memory is None else parse_budget(self.host_memory, "host_memory")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options by name, as HuggingFace configurations want them."""
+        return {"quant_method": self.quant_method, **asdict(self)}

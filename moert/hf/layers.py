@@ -1,0 +1,89 @@
+"""The layers of a model: which experts modules it has, and which of them share their experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from moert.formats import TensorSpec
+from moert.hf.adapters import ExpertsAdapter
+from moert.runtime.layer import LayerSpec
+
+# The names under which the configurations of transformers keep the number of picks per token.
+_TOP_K_NAMES = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers in module order; modules whose experts are tied to another's have the other's layer."""
+
+    specs: tuple[LayerSpec, ...]
+    layer_of: dict[str, int]
+    """Module path -> layer."""
+
+    @property
+    def paths_of(self) -> dict[int, list[str]]:
+        """Layer -> paths of its modules, in module order."""
+        paths: dict[int, list[str]] = {spec.index: [] for spec in self.specs}
+        for path, layer in self.layer_of.items():
+            paths[layer].append(path)
+        return paths
+
+
+def make_layers(
+    adapters: Mapping[str, ExpertsAdapter],
+    same_as: Mapping[str, str],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> Layers:
+    """Number the layers.
+
+    Args:
+        adapters: module path -> adapter, in module order.
+        same_as: path of a module whose experts are another module's -> that module's path.
+        dtypes: full parameter name -> dtype in memory, where it is not the parameter's own.
+    """
+    specs: list[LayerSpec] = []
+    layer_of: dict[str, int] = {}
+    for path, adapter in adapters.items():
+        owner = same_as.get(path, path)
+        if owner in layer_of:
+            layer_of[path] = layer_of[owner]
+            continue
+        index = len(specs)
+        tensors = tuple(
+            TensorSpec(spec.name, spec.shape, (dtypes or {}).get(f"{path}.{spec.name}", spec.dtype))
+            for spec in adapter.specs
+        )
+        specs.append(LayerSpec(index, path, adapter.num_experts, tensors, top_k_of(adapter), adapter.num_identity))
+        layer_of[path] = index
+    return Layers(tuple(specs), layer_of)
+
+
+def top_k_of(adapter: ExpertsAdapter) -> int:
+    """Experts that one token needs at once, by the module's configuration; 1 where it does not say."""
+    config = getattr(adapter.module, "config", None)
+    for name in _TOP_K_NAMES:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return min(value, adapter.num_experts)
+    return 1
+
+
+def tied_modules(adapters: Mapping[str, ExpertsAdapter], tied_keys: Mapping[str, str]) -> dict[str, str]:
+    """Module path -> path of the module whose experts it shares, from parameter names that are tied."""
+    names = {f"{path}.{name}": path for path, adapter in adapters.items() for name in adapter.names}
+    same_as = {}
+    for target, source in tied_keys.items():
+        if target in names and source in names:
+            first, second = sorted((names[target], names[source]), key=list(adapters).index)
+            same_as[second] = first
+    return same_as

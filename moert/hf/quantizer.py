@@ -1,0 +1,151 @@
+"""The plug-in through which HuggingFace's own loader loads everything but the experts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from moert.config import OffloadConfig
+from moert.errors import UnsupportedModelError
+from moert.hf.adapters import ExpertsAdapter, find_experts
+from moert.hf.checkpoint import CheckpointMap
+from moert.hf.experts import OffloadedExperts
+from moert.hf.layers import Layers, make_layers, tied_modules
+from moert.hf.model import close, mark
+from moert.hf.source import CheckpointSource, checkpoint_records, read_checkpoint
+from moert.runtime.preload import Progress
+from moert.runtime.records import Record
+from moert.runtime.runtime import OffloadRuntime
+
+key_mapping: ContextVar[dict[str, str] | None] = ContextVar("key_mapping", default=None)
+"""The `key_mapping` argument of the `from_pretrained` that is running, which it does not tell its quantizer."""
+
+progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
+"""Whom to tell how far the experts have been read while loading."""
+
+
+@register_quantizer("moert")
+class MoertQuantizer(HfQuantizer):
+    """Takes the experts modules out before the weights are loaded, and gives them their tiers afterwards."""
+
+    def __init__(self, quantization_config: OffloadConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]  # duck-typed on purpose
+        self._config = quantization_config
+        # Nothing is quantised: "not pre-quantised" would make the loader read the dense weights on one thread.
+        self.pre_quantized = True
+        self._make_runtime: Callable[[], OffloadRuntime] | None = None
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: list[str] | None = None,
+        use_kernels: bool = False,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        if use_kernels:
+            raise UnsupportedModelError(
+                "use_kernels=True replaces the MoE block's forward and goes round its experts module"
+            )
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise UnsupportedModelError(
+                "experts cannot be offloaded and sharded at once: drop tp_plan / distributed_config"
+            )
+        adapters = find_experts(model)
+        entries = read_checkpoint(checkpoint_files)
+        dtypes = _dtypes_in_memory(model, adapters, dtype)
+        tied = {**(getattr(model, "all_tied_weights_keys", None) or {})}
+        same_as = tied_modules(adapters, tied)
+        stacked = {f"{path}.{name}" for path, adapter in adapters.items() for name in adapter.names}
+        for name in stacked & tied.keys():
+            del model.all_tied_weights_keys[name]
+        self.tied_keys = {name: tied[name] for name in stacked & tied.keys()}
+        for path, adapter in adapters.items():
+            model.set_submodule(path, OffloadedExperts(adapter))
+        ignored = {f"^{re.escape(name)}$" for name in stacked}
+        self._ignored_keys = model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
+        layers = make_layers(adapters, same_as, dtypes)
+        mapping = CheckpointMap(model, adapters, dtypes, entries, key_mapping.get())
+        records = checkpoint_records(mapping, layers.specs, layers.paths_of)
+        self._plan(model, layers, mapping.paths, records)
+        return model
+
+    def _plan(self, model: PreTrainedModel, layers: Layers, paths: list[str], records: list[list[Record]]) -> None:
+        config = self._config
+
+        def make_runtime() -> OffloadRuntime:
+            source = CheckpointSource(paths, records, direct=config.direct_io)
+            try:
+                return OffloadRuntime.in_slots(layers.specs, source, config, progress.get())
+            except BaseException:
+                source.close()
+                raise
+
+        self._make_runtime = make_runtime
+        self._layer_of = layers.layer_of
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            # Some models take another code path where this attribute exists, whatever its value.
+            if config is not None and "_is_quantized" in vars(config):
+                del config._is_quantized
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model._keys_to_ignore_on_load_unexpected = self._ignored_keys
+        assert self._make_runtime is not None
+        runtime = self._make_runtime()
+        self._make_runtime = None
+        for path, layer in self._layer_of.items():
+            module = model.get_submodule(path)
+            assert isinstance(module, OffloadedExperts)
+            module.bind(runtime, layer)
+        mark(model, runtime, leave=close)
+        return model
+
+
+def _dtypes_in_memory(
+    model: PreTrainedModel, adapters: dict[str, ExpertsAdapter], dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """Full parameter name -> the dtype that the loader would give it."""
+    plan = model._get_dtype_plan(dtype) if dtype is not None else {}
+    search, dtype_of_group = None, {}
+    if plan:
+        search, name_of_group, _ = build_glob_alternation(list(plan))
+        dtype_of_group = {group: plan[name] for group, name in name_of_group.items()}
+    dtypes = {}
+    for path, adapter in adapters.items():
+        for spec in adapter.specs:
+            name = f"{path}.{spec.name}"
+            match = search.search(name) if search is not None else None
+            dtypes[name] = dtype_of_group[str(match.lastgroup)] if match is not None else spec.dtype
+    return dtypes
+
+
+def forget_quantizer(model: nn.Module) -> None:
+    """Make a model whose experts are back an ordinary one again, as if it had been loaded without moert."""
+    assert isinstance(model, PreTrainedModel)
+    quantizer = model.hf_quantizer
+    assert isinstance(quantizer, MoertQuantizer)
+    model.all_tied_weights_keys.update(quantizer.tied_keys)
+    if quantizer.tied_keys:
+        model.tie_weights()
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        model.__dict__.pop(name, None)

@@ -1,0 +1,78 @@
+"""How many slots each layer gets: pure arithmetic over sizes, checked before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moert.config import Budget, format_bytes
+from moert.errors import CapacityError
+
+
+@dataclass(frozen=True)
+class LayerNeed:
+    """What one layer's cache is made of: its experts, the bytes of a slot, and the picks of one token."""
+
+    name: str
+    num_experts: int
+    slot_bytes: int
+    expert_bytes: int
+    """Bytes of one expert's tensors, without alignment."""
+    top_k: int
+    """Experts that one token needs at once; fewer slots are refused."""
+
+
+def default_budget(needs: Sequence[LayerNeed], available_bytes: int) -> Budget:
+    """The budget when none is given: 80 % of what is available, less 256 MiB for activations and the KV cache."""
+    wanted = sum(need.slot_bytes * need.num_experts for need in needs)
+    return Budget(nbytes=max(1, min(wanted, int(available_bytes * 0.8) - (256 << 20))))
+
+
+def plan_slots(needs: Sequence[LayerNeed], budget: Budget, option: str = "host_memory") -> list[int]:
+    """Slots per layer, the same number for every layer as far as the budget goes.
+
+    A share is a share of each layer's experts. A number of bytes counts slots as they are, alignment included; what
+    is left when one more slot for every layer does not fit goes to the first layers.
+
+    Raises:
+        CapacityError: some layer would get fewer slots than one token needs; the smallest budget that works is named.
+    """
+    least = sum(need.top_k * need.slot_bytes for need in needs)
+    if budget.share is not None:
+        slots = [int(budget.share * need.num_experts + 1e-9) for need in needs]
+        short = [need for need, n in zip(needs, slots, strict=True) if n < need.top_k]
+        if short:
+            need = short[0]
+            raise CapacityError(
+                f"{option}={budget.share:.4%} keeps {int(budget.share * need.num_experts + 1e-9)} of "
+                f"{need.num_experts} experts in {need.name}, but one token needs {need.top_k}; "
+                f'give at least "{_percent(need)}" or {format_bytes(least)}'
+            )
+        return slots
+    assert budget.nbytes is not None
+    if budget.nbytes < least:
+        raise CapacityError(
+            f"{option} is {format_bytes(budget.nbytes)} ({budget.nbytes} bytes), but {format_bytes(least)} "
+            f"({least} bytes) are needed for one token's {needs[0].top_k} experts in each of {len(needs)} layers; "
+            f"raise {option}"
+        )
+    slots = [need.top_k for need in needs]
+    left = budget.nbytes - least
+    while True:
+        growing = [i for i, need in enumerate(needs) if slots[i] < need.num_experts]
+        round_bytes = sum(needs[i].slot_bytes for i in growing)
+        if not growing or round_bytes > left:
+            break
+        rounds = min(left // round_bytes, *(needs[i].num_experts - slots[i] for i in growing))
+        for i in growing:
+            slots[i] += rounds
+        left -= rounds * round_bytes
+    for i, need in enumerate(needs):
+        if slots[i] < need.num_experts and need.slot_bytes <= left:
+            slots[i] += 1
+            left -= need.slot_bytes
+    return slots
+
+
+def _percent(need: LayerNeed) -> str:
+    return f"{-(-100 * need.top_k // need.num_experts)}%"

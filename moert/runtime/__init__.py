@@ -1,0 +1,1 @@
+"""The live cache: what one MoE layer does for one forward."""

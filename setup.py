@@ -1,0 +1,44 @@
+"""Build of moert: maps the top-level plug-in folders into the package and compiles csrc/.
+
+Needs setuptools and a C++17 compiler, nothing else: the extension speaks raw pointers, so one build serves any torch.
+"""
+
+from __future__ import annotations
+
+import platform
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+
+# The limited API gives one wheel for 3.10 and up; free-threaded interpreters do not offer it.
+LIMITED_API = platform.python_implementation() == "CPython" and not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+ROOT = Path(__file__).parent
+PLUGIN_FOLDERS = ("kernels", "predictors")
+
+packages = find_packages(include=["moert", "moert.*"])
+package_dir = {}
+for folder in PLUGIN_FOLDERS:
+    packages.append(f"moert.{folder}")
+    packages.extend(f"moert.{folder}.{name}" for name in find_packages(folder))
+    package_dir[f"moert.{folder}"] = folder
+
+# No -march here: a wheel must run on any machine, so ISA-specific code is chosen at run time (target attributes).
+extension = Extension(
+    "moert._C",
+    sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
+    depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
+    define_macros=[("Py_LIMITED_API", "0x030A0000")] if LIMITED_API else [],
+    py_limited_api=LIMITED_API,
+    extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"],
+    extra_link_args=["-pthread"],
+    language="c++",
+)
+
+setup(
+    packages=packages,
+    package_dir=package_dir,
+    ext_modules=[extension],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},
+)
