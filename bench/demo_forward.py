@@ -1,4 +1,4 @@
-"""A fast training forward for Qwen3-MoE: the Hugging Face model's own parameters and mathematics, batched over experts."""
+"""A fast training forward for Qwen3-MoE: the Hugging Face model's parameters and mathematics, experts batched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 
 
 def norm_and_rotate(qk: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """Per-head RMS norm and rotary embedding: qk [B, S, H, d], weight [H, d], cos and sin [1, S, 1, d] -> [B, S, H, d]."""
+    """Per-head RMS norm, then rotary embedding; qk [B, S, H, d], weight [H, d], cos and sin [1, S, 1, d]."""
     normed = qk.float()
     normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps) * weight
     half = qk.shape[-1] // 2
@@ -74,7 +74,8 @@ def compile_pieces() -> None:
 class AttentionFunction(torch.autograd.Function):
     """Causal attention as plain products over blocks of queries: q (scaled), k, v [N, S, d] -> [N, S, d].
 
-    On one core the fused kernel's backward is several times slower than this; query blocks skip half of the masked part.
+    On one core the fused kernel's backward is several times slower than this; the query blocks skip most of the
+    masked part.
     """
 
     BLOCKS = 4
@@ -149,14 +150,12 @@ class ExpertsFunction(torch.autograd.Function):
         ys = torch.bmm(hidden, down.transpose(1, 2)).view(blocks * BLOCK_ROWS, -1)
         picked = ys.index_select(0, slot_of_pick).view(tokens, picks, -1)
         indices = (token_of_slot, weight_of_slot, slot_of_pick, F.one_hot(expert_of_block, experts).to(x.dtype))
-        ctx.save_for_backward(xs, both, hidden, picked, weight, gate_up, down, *indices)
+        ctx.save_for_backward(xs, both, hidden, picked, gate_up, down, *indices)
         return weigh_picks(picked, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        xs, both, hidden, picked, weight, gate_up, down, token_of_slot, weight_of_slot, slot_of_pick, owner = (
-            ctx.saved_tensors
-        )
+        xs, both, hidden, picked, gate_up, down, token_of_slot, weight_of_slot, slot_of_pick, owner = ctx.saved_tensors
         grad = grads[0].contiguous()
         d_weight = pick_products(picked, grad)
         d_ys = scale_rows(grad.index_select(0, token_of_slot), weight_of_slot).view_as(xs)
@@ -190,9 +189,7 @@ class FastForward:
         joint = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)).to(dtype)
         qkv = F.linear(x, joint).view(batch, length, heads + 2 * kv_heads, config.head_dim)
         qk, v = qkv.split((heads + kv_heads, kv_heads), dim=2)
-        scale = torch.cat(
-            (attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv_heads, -1))
-        )
+        scale = torch.cat((attention.q_norm.weight.expand(heads, -1), attention.k_norm.weight.expand(kv_heads, -1)))
         qk = norm_and_rotate(qk, scale, cos, sin, config.rms_norm_eps)
         q, k = qk.transpose(1, 2).split((heads, kv_heads), dim=1)
         repeats = heads // kv_heads

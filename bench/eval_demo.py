@@ -10,6 +10,8 @@ import json
 import lzma
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from stdlib_text import TextFile, gzip_bits_per_byte, load_split
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 SRP_WINDOWS = (4, 16, 64)
 
@@ -44,10 +46,15 @@ def cut(ids: Tensor, context: int, stride: int) -> list[tuple[Tensor, int]]:
 
 
 @torch.no_grad()
-def bits_per_file(model: Any, tokenizer: Any, files: list[TextFile], context: int, stride: int, batch: int) -> list[float]:
+def bits_per_file(
+    model: Any, tokenizer: Any, files: list[TextFile], context: int, stride: int, batch: int
+) -> list[float]:
     """Bits the model needs for each file, files apart from one another; blocks for minutes on a CPU."""
-    work = [(number, *window) for number, file in enumerate(files)
-            for window in cut(encode_file(tokenizer, file.text), context, stride)]
+    work = [
+        (number, *window)
+        for number, file in enumerate(files)
+        for window in cut(encode_file(tokenizer, file.text), context, stride)
+    ]
     work.sort(key=lambda item: -len(item[1]))
     bits = [0.0] * len(files)
     for begin in range(0, len(work), batch):
@@ -60,20 +67,40 @@ def bits_per_file(model: Any, tokenizer: Any, files: list[TextFile], context: in
     return bits
 
 
-@torch.no_grad()
-def record_routing(model: Any, tokenizer: Any, files: list[TextFile], context: int, limit: int) -> np.ndarray:
-    """[sequences, context, layers, E] bool: which experts each token of up to `limit` whole windows chose."""
-    sequences: list[Tensor] = []
+def whole_windows(tokenizer: Any, files: list[TextFile], context: int, limit: int) -> Tensor:
+    """[n, context] ids: up to `limit` evenly chosen whole windows of the files, no two overlapping."""
+    windows: list[Tensor] = []
     for file in files:
         ids = encode_file(tokenizer, file.text)
-        sequences += [ids[start : start + context] for start in range(0, len(ids) - context + 1, context)]
-    step = max(1, len(sequences) // limit)
-    chosen = []
-    for ids in sequences[::step][:limit]:
-        logits = model(ids[None], use_cache=False, output_router_logits=True).router_logits
-        picks = torch.stack(logits, dim=1).topk(model.config.num_experts_per_tok, dim=-1).indices
+        windows += ids[: len(ids) // context * context].view(-1, context)
+    step = max(1, len(windows) // limit)
+    return torch.stack(windows[::step][:limit])
+
+
+@torch.no_grad()
+def record_routing(model: Any, windows: Tensor) -> tuple[np.ndarray, float]:
+    """[n, S, layers, E] bool, the experts each token of windows [n, S] chose; and the mean loss in bits per token."""
+    chosen, bits = [], []
+    for ids in windows:
+        output = model(ids[None], use_cache=False, output_router_logits=True)
+        bits.append(float(F.cross_entropy(output.logits[0, :-1].float(), ids[1:])) / math.log(2))
+        probs = torch.stack(output.router_logits, dim=1).softmax(-1, dtype=torch.float32)
+        picks = probs.topk(model.config.num_experts_per_tok, dim=-1).indices
         chosen.append(F.one_hot(picks, model.config.num_experts).sum(2).bool().numpy())
-    return np.stack(chosen)
+    return np.stack(chosen), float(np.mean(bits))
+
+
+@contextmanager
+def misrouted(model: Any) -> Iterator[None]:
+    """While open, every token goes to the neighbours of the experts its router meant, with the same weights."""
+    routers = [layer.mlp.gate.weight.data for layer in model.model.layers]
+    for router in routers:
+        router.copy_(router.roll(1, dims=0))
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.copy_(router.roll(-1, dims=0))
 
 
 def usage(chosen: np.ndarray) -> dict[str, Any]:
@@ -103,7 +130,7 @@ def segment_routing(chosen: np.ndarray, window: int) -> tuple[float, float]:
     """SRP(window) of the whole model and its size ratio at the best threshold.
 
     For every run of `window` tokens an expert counts as predicted for all of them iff it was active at least t times
-    in it; SRP is the best F1 over t of those predictions against the activations, with sums over runs, layers and experts.
+    in it; SRP is the best F1 over t of those predictions against the activations, summed over runs, layers and experts.
     """
     totals = np.concatenate((np.zeros_like(chosen[:, :1], dtype=np.int32), chosen.cumsum(1, dtype=np.int32)), axis=1)
     counts = totals[:, window:] - totals[:, :-window]
@@ -117,15 +144,29 @@ def segment_routing(chosen: np.ndarray, window: int) -> tuple[float, float]:
     return float(scores[best]), float(predictions[1 + best] / acts)
 
 
-def routing_report(chosen: np.ndarray, seed: int = 0) -> dict[str, Any]:
-    """Usage, overlap and SRP; `shuffled` is SRP after mixing the order of all tokens, which keeps popularity alone."""
+def routing_report(model: Any, windows: Tensor, seed: int = 0) -> dict[str, Any]:
+    """Usage, overlap and SRP over windows [n, S], and what the experts' differences are worth.
+
+    `shuffled` is SRP after mixing the order of all tokens, which keeps popularity alone. `bits_per_token` has the loss as
+    it is and with every token sent to the wrong experts: equal losses would mean that experts are interchangeable.
+    """
+    chosen, own_bits = record_routing(model, windows)
+    with misrouted(model):
+        wrong_bits = record_routing(model, windows)[1]
     tokens = chosen.reshape(-1, *chosen.shape[2:])
     mixed = tokens[np.random.default_rng(seed).permutation(len(tokens))].reshape(chosen.shape)
     srp = {}
     for window in SRP_WINDOWS:
         value, ratio = segment_routing(chosen, window)
         srp[str(window)] = {"srp": value, "size_ratio": ratio, "shuffled": segment_routing(mixed, window)[0]}
-    return {"tokens": len(tokens), "usage": usage(chosen), "overlap": overlap(chosen), "srp": srp}
+    bits = {"own_experts": own_bits, "wrong_experts": wrong_bits}
+    return {
+        "tokens": len(tokens),
+        "bits_per_token": bits,
+        "usage": usage(chosen),
+        "overlap": overlap(chosen),
+        "srp": srp,
+    }
 
 
 def seen_line_share(train: list[TextFile], heldout: list[TextFile]) -> float:
@@ -138,7 +179,14 @@ def seen_line_share(train: list[TextFile], heldout: list[TextFile]) -> float:
 
 def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
+    dtype = getattr(torch, args.dtype)
+    if args.random:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype).eval()
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    # The library's default on a CPU is slower than its plain loop over experts, for one thread and experts this small.
+    model.set_experts_implementation("eager")
     context = model.config.max_position_embeddings
     train, heldout = load_split()
     if args.max_files:
@@ -166,7 +214,7 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
             "xz9e_concatenated": 8 * xz_bytes / size_bytes,
         },
         "files_where_model_beats_gzip9": sum(mine < its for mine, its in zip(bits, own_gzip, strict=True)),
-        "routing": routing_report(record_routing(model, tokenizer, heldout, context, args.sequences)),
+        "routing": routing_report(model, whole_windows(tokenizer, heldout, context, args.sequences)),
     }
 
 
@@ -186,9 +234,12 @@ def print_table(report: dict[str, Any]) -> None:
     overlaps = routing["overlap"]
     print(f"overlap: mean {overlaps['mean']:.3f}, random K/E {overlaps['random']:.3f}, ", end="")
     print(f"by popularity alone {overlaps['popularity_alone']:.3f}")
+    bits = routing["bits_per_token"]
+    print(f"bits/token {bits['own_experts']:.3f}, each token sent to the wrong experts {bits['wrong_experts']:.3f}")
     print(f"largest share of a layer's picks by one expert {routing['usage']['largest_share']:.3f}")
     for window, row in routing["srp"].items():
-        print(f"SRP({window:>2}) {row['srp']:.3f} at size ratio {row['size_ratio']:.2f}; tokens shuffled {row['shuffled']:.3f}")
+        ratio, shuffled = row["size_ratio"], row["shuffled"]
+        print(f"SRP({window:>2}) {row['srp']:.3f} at size ratio {ratio:.2f}; tokens shuffled {shuffled:.3f}")
 
 
 def main() -> None:
@@ -201,6 +252,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=128, help="windows whose routing is recorded")
     parser.add_argument("--max-files", type=int, default=0, help="only so many held-out files (0: all)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--random", action="store_true", help="judge fresh random weights instead, as a baseline")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

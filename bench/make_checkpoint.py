@@ -3,9 +3,9 @@
     python bench/make_checkpoint.py olmoe-bench /data/olmoe-bench
     python bench/make_checkpoint.py qwen3-30b-a3b /data/qwen3-4-layers --layers 4
 
-The folder is what a hub download would be: shards, index, configuration and a byte-level tokenizer. Names and shapes come
-from transformers: the model is built on the meta device and its state dict goes through the library's own reverse
-conversion. Weights are a function of seed and tensor name alone. Memory stays below 0.5 GB for any size.
+The folder is what a hub download would be: shards, index, configuration and a byte-level tokenizer. Names and shapes
+come from transformers: the model is built on the meta device and its state dict goes through the library's own reverse
+conversion. Weights are a function of seed and tensor name alone. The process takes about 0.5 GB for any model.
 """
 
 from __future__ import annotations
@@ -78,8 +78,16 @@ def write_checkpoint(
     fan_ins = tensors_of(config, dtype)
     total_bytes = sum(spec.nbytes for spec in fan_ins)
     stamp = {"torch_dtype": DTYPES[dtype][0], "transformers_version": transformers.__version__}
-    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    generation: dict[str, Any] = {
+        key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config
+    }
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with new_folder(target) as folder, Progress(*columns) as progress:
         task = progress.add_task(target.name, total=total_bytes)
         write_shards(
@@ -117,7 +125,7 @@ def main(
         most_bytes = parse_budget(shard_bytes, "shard-bytes").nbytes
         if most_bytes is None:
             raise ConfigError(f"shard-bytes={shard_bytes!r} must be a size")
-        overrides = {}
+        overrides: dict[str, Any] = {}
         for pair in override or []:
             key, found, value = pair.partition("=")
             if not found:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Jordan's quintic: it trades convergence to exactly 1 for few steps, and singular values end between about 0.7 and 1.2.
 SERIES = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
 
 def orthogonalize(update: Tensor) -> Tensor:
-    """The nearly nearest semi-orthogonal matrices to `update` [N, R, C], by a quintic Newton-Schulz series in bfloat16."""
+    """Roughly the nearest semi-orthogonal matrices to `update` [N, R, C], by a Newton-Schulz series in bfloat16."""
     x = update.bfloat16()
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:

@@ -48,7 +48,7 @@ def recipe_for(name: str, shape: tuple[int, ...], fan_in: int) -> Recipe:
     return Recipe(0.0, 1 / math.sqrt(fan_in))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True)
 def _fill(out: npt.NDArray[np.generic], table: npt.NDArray[np.generic], key: np.uint64, start: int) -> None:
     """out[i] = table[16 random bits of place start + i]; the bits are SplitMix64's, four places a step."""
     for i in range(out.shape[0]):

@@ -1,4 +1,4 @@
-"""A sharded safetensors checkpoint written as a stream: headers from shapes, tensor bytes chunk by chunk, all or nothing."""
+"""A sharded safetensors checkpoint, written as a stream: headers from shapes, bytes chunk by chunk, all or nothing."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _write_tensor(
     for start in range(0, elements, max(1, len(buffer))):
         chunk = buffer[: elements - start]
         fill(chunk, start)
-        _write(descriptor, memoryview(chunk).cast("B"))
+        _write(descriptor, chunk.data.cast("B"))
         wrote(chunk.nbytes)
 
 

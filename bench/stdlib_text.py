@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HELDOUT_SHARE = 0.04
-# Not text anybody wrote as Python: charmap tables (near copies of one another, so a held-out one would have its twin in the
-# training text), the language reference as one generated string (alone larger than all other held-out files together),
-# and build configuration.
+# Not Python that anybody wrote: charmap tables (near copies of one another, so a held-out one would have its twin in
+# the training text), the language reference as one generated string (alone larger than all other held-out files
+# together), and build configuration.
 EXCLUDED_FOLDERS = frozenset({"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"})
 EXCLUDED_PREFIXES = ("_sysconfigdata", "config-")
 

@@ -1,7 +1,7 @@
 """Train the demo model: a small Qwen3-MoE on the Python standard library's own sources, by wall-clock budget.
 
-The run that made the shipped weights is in moert/data/demo/README.md. On a CPU, start it with the C allocator told to keep
-freed memory (`GLIBC_TUNABLES`, see there): page faults otherwise take a third of each step.
+The run that made the shipped weights is in moert/data/demo/README.md. On a CPU, start it with the C allocator told to
+keep freed memory (`GLIBC_TUNABLES`, see there): page faults otherwise take a third of each step.
 """
 
 from __future__ import annotations
@@ -18,62 +18,12 @@ import demo_forward
 import numpy as np
 import torch
 import torch.nn.functional as F
+from demo_data import Windows, prepare, token_sizes
 from muon import Muon
-from stdlib_text import TextFile, load_split
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-END = "<|endoftext|>"
 COLUMNS = ("step", "tokens", "seconds", "train_loss", "heldout_bits_per_byte", "lr", "usage_entropy")
-
-
-def train_tokenizer(files: list[TextFile], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer over `files`; its one special token ends a file and stands before the first token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((file.text for file in files), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END,
-        eos_token=END,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, files: list[TextFile]) -> np.ndarray:
-    """One stream [N] uint16: the end token, then each file followed by the end token."""
-    end = tokenizer.eos_token_id
-    pieces = [np.array([end], dtype=np.uint16)]
-    for encoding in tokenizer.backend_tokenizer.encode_batch([file.text for file in files], add_special_tokens=False):
-        pieces += [np.array(encoding.ids, dtype=np.uint16), pieces[0]]
-    return np.concatenate(pieces)
-
-
-def prepare(work: Path, vocab_size: int) -> tuple[PreTrainedTokenizerFast, np.ndarray, np.ndarray]:
-    """Tokenizer, training stream and held-out stream, made once and kept in `work`."""
-    if not (work / "heldout.npy").exists():
-        train, heldout = load_split()
-        tokenizer = train_tokenizer(train, vocab_size)
-        tokenizer.save_pretrained(work / "tokenizer")
-        np.save(work / "train.npy", encode(tokenizer, train))
-        np.save(work / "heldout.npy", encode(tokenizer, heldout))
-        (work / "heldout.txt").write_text("".join(f"{file.path}\n" for file in heldout))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
-    return tokenizer, np.load(work / "train.npy"), np.load(work / "heldout.npy")
-
-
-def token_sizes(tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """[V] int64: bytes of text a token stands for (a byte-level token has one character per byte; the end token none)."""
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    return torch.tensor([0 if piece == END else len(piece) for piece in pieces])
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Qwen3MoeForCausalLM:
@@ -102,33 +52,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) ->
             layer.self_attn.o_proj.weight.mul_((2 * config.num_hidden_layers) ** -0.5)
             layer.mlp.experts.down_proj.mul_((2 * config.num_hidden_layers) ** -0.5)
     return model
-
-
-class Windows:
-    """Endless batches [B, context + 1] of a token stream; each epoch cuts at a new offset and shuffles anew."""
-
-    def __init__(self, stream: np.ndarray, batch: int, context: int, seed: int) -> None:
-        self.stream, self.batch, self.context, self.seed = stream, batch, context, seed
-        self.epoch, self.position = 0, 0
-        self._shuffle()
-
-    def _shuffle(self) -> None:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        offset = int(rng.integers(self.context))
-        self.starts = np.arange(offset, len(self.stream) - self.context - 1, self.context)
-        rng.shuffle(self.starts)
-
-    def seek(self, epoch: int, position: int) -> None:
-        self.epoch, self.position = epoch, position
-        self._shuffle()
-
-    def next(self) -> Tensor:
-        if self.position + self.batch > len(self.starts):
-            self.seek(self.epoch + 1, 0)
-        starts = self.starts[self.position : self.position + self.batch]
-        self.position += self.batch
-        rows = np.stack([self.stream[start : start + self.context + 1] for start in starts])
-        return torch.from_numpy(rows.astype(np.int64))
 
 
 @torch.no_grad()
@@ -186,9 +109,10 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer, stream, heldout = prepare(work, args.vocab)
+    tokenizer, stream, heldout = prepare(work, args.vocab, args.context)
     sizes = token_sizes(tokenizer)
-    print(f"train {len(stream):,} tokens, {int(sizes[stream.astype(np.int64)].sum()):,} bytes; held out {len(heldout):,} tokens")
+    train_bytes = int(sizes[stream.astype(np.int64)].sum())
+    print(f"training text {train_bytes:,} bytes in {len(stream):,} tokens; held out {len(heldout):,} tokens")
     device = torch.device(args.device)
     model = build_model(tokenizer, args).to(device).train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
@@ -241,11 +165,12 @@ def train(args: argparse.Namespace) -> None:
             share = picks / picks.sum(-1, keepdim=True)
             entropy = float(torch.special.entr(share).sum(-1).mean() / math.log(share.shape[-1]))
             bits = heldout_bits_per_byte(forward, heldout, sizes, args.context, 64) if is_eval else float("nan")
-            row = (step, tokens, f"{seconds:.1f}", f"{np.mean(recent):.4f}", f"{bits:.4f}", f"{lr:.6f}", f"{entropy:.4f}")
+            numbers = (seconds, float(np.mean(recent)), bits, lr, entropy)
+            row = (step, tokens, *(f"{number:.6g}" for number in numbers))
             log.writerow(row)
             log_file.flush()
             skew = float((picks.amax(-1) / picks.float().mean(-1)).mean())
-            print(*(f"{k}={v}" for k, v in zip(COLUMNS, row, strict=True)), f"balance={balance.item():.3f} skew={skew:.2f}", flush=True)
+            print(*(f"{k}={v}" for k, v in zip(COLUMNS, row, strict=True)), f"skew={skew:.2f}", flush=True)
             recent, picks = [], 0
             if is_eval:
                 last_eval_s = seconds
@@ -254,7 +179,11 @@ def train(args: argparse.Namespace) -> None:
             state = {
                 "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "step": step, "tokens": tokens, "seconds": seconds, "epoch": data.epoch, "position": data.position,
+                "step": step,
+                "tokens": tokens,
+                "seconds": seconds,
+                "epoch": data.epoch,
+                "position": data.position,
             }
             save_checkpoint(checkpoint, state)
     check_same_logits(model, heldout, args.context)
@@ -267,6 +196,8 @@ def export(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     model = model.cpu().eval().to(torch.bfloat16)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    # The library writes weights readable by their owner alone; a package's files are for everybody.
+    (out / "model.safetensors").chmod(0o644)
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     for (name, saved), again in zip(model.named_parameters(), loaded.parameters(), strict=True):
         if not torch.equal(saved, again):

@@ -18,7 +18,7 @@ from moert.errors import (
 )
 
 if TYPE_CHECKING:
-    from moert.api import OffloadConfig, close, load, patch, stats, unpatch
+    from moert.api import OffloadConfig, close, load, patch, reset_stats, stats, unpatch
 
 __version__ = "0.1.0"
 
@@ -35,11 +35,12 @@ __all__ = [
     "close",
     "load",
     "patch",
+    "reset_stats",
     "stats",
     "unpatch",
 ]
 
-_LAZY = frozenset({"OffloadConfig", "close", "load", "patch", "stats", "unpatch"})
+_LAZY = frozenset({"OffloadConfig", "close", "load", "patch", "reset_stats", "stats", "unpatch"})
 
 
 def __getattr__(name: str) -> object:

@@ -67,10 +67,14 @@ def plan_slots(needs: Sequence[LayerNeed], budget: Budget, option: str = "host_m
         for i in growing:
             slots[i] += rounds
         left -= rounds * round_bytes
-    for i, need in enumerate(needs):
-        if slots[i] < need.num_experts and need.slot_bytes <= left:
-            slots[i] += 1
-            left -= need.slot_bytes
+    grown = True
+    while grown:
+        grown = False
+        for i, need in enumerate(needs):
+            if slots[i] < need.num_experts and need.slot_bytes <= left:
+                slots[i] += 1
+                left -= need.slot_bytes
+                grown = True
     return slots
 
 

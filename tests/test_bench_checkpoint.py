@@ -1,4 +1,4 @@
-"""The benchmark's checkpoints: plain transformers loads each architecture, bytes are reproducible, a kill leaves nothing."""
+"""The benchmark's checkpoints: transformers loads each architecture, bytes are reproducible, a kill leaves nothing."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from families import (
     save,
     stacked_parameters,
     support_table,
+    tiny_config,
     transpose_fused_experts,
     zoo_at,
 )
@@ -260,6 +261,21 @@ def test_load_reads_shards(family: str, zoo: Zoo, tmp_path: Path) -> None:
     save(specimen.model, tmp_path, shard_bytes=100_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     load_and_compare(tmp_path, specimen)
+
+
+@pytest.mark.parametrize(("family", "field"), [("qwen3_moe", "num_experts"), ("ernie4_5_vl_moe", "moe_num_experts")])
+def test_load_takes_expert_2_before_expert_10(family: str, field: str, tmp_path: Path) -> None:
+    config = tiny_config(family)
+    setattr(config.get_text_config(), field, 12)
+    made = build(family, config=config)
+    assert {module.num_experts for _, module in experts_modules(made)} == {12}
+    save(made, tmp_path)
+    inputs = inputs_for(family, made)
+    model = moert.load(tmp_path, host_memory="25%", dtype=torch.float32)
+    try:
+        assert relative_error(logits(model, inputs), logits(made, inputs)) <= RELATIVE_TOLERANCE
+    finally:
+        moert.close(model)
 
 
 @pytest.mark.parametrize("shard_bytes", [None, 100_000])

@@ -18,6 +18,7 @@ from moert.config import OffloadConfig
 from moert.errors import UnsupportedModelError
 from moert.hf.adapters import ExpertsAdapter, find_experts
 from moert.hf.checkpoint import CheckpointMap
+from moert.hf.dense import own_memory
 from moert.hf.experts import OffloadedExperts
 from moert.hf.layers import Layers, make_layers, tied_modules
 from moert.hf.model import close, mark
@@ -110,6 +111,7 @@ class MoertQuantizer(HfQuantizer):
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model._keys_to_ignore_on_load_unexpected = self._ignored_keys
+        own_memory(model)
         assert self._make_runtime is not None
         runtime = self._make_runtime()
         self._make_runtime = None

@@ -117,8 +117,7 @@ class ReadHandle:
             if self._finish is not None:
                 self._finish(self._starts)
         except BaseException as error:
-            # The error may be kept for long, and its frames hold the buffers.
-            traceback.clear_frames(error.__traceback__)
+            _release_frames(error)
             self._error = error
         self._settle(_State.DONE)
 
@@ -129,6 +128,14 @@ class ReadHandle:
         self._reads = ()
         self._finish = None
         self._over.set()
+
+
+def _release_frames(error: BaseException) -> None:
+    """Empty the frames of an error and of those that led to it: it may be kept for long, and they hold the buffers."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
 
 
 class _Pool:

@@ -84,6 +84,8 @@ class ShardFile:
         except OSError as error:
             raise TransferError(error.errno, f"cannot open: {error.strerror}", str(self.path)) from error
         self.identity = FileIdentity.of(calls.fstat(self._fd))
+        if not self.direct:
+            self._advise(os.POSIX_FADV_RANDOM)
         if direct and not self.direct:
             _warn_buffered(self)
 
@@ -209,8 +211,7 @@ class ShardFile:
                 )
             got = reached
         if not self.direct:
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self._fd, begin, need, os.POSIX_FADV_DONTNEED)
+            self._advise(os.POSIX_FADV_DONTNEED, begin, need)
 
     def _fall_back(self, buffer: memoryview) -> None:
         address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
@@ -221,9 +222,15 @@ class ShardFile:
             if first:
                 # On the open descriptor, not by opening the path again: that may name another file by now.
                 self._calls.clear_direct(self._fd)
+                self._advise(os.POSIX_FADV_RANDOM)
                 self.direct = False
         if first:
             _warn_buffered(self)
+
+    def _advise(self, advice: int, offset: int = 0, nbytes: int = 0) -> None:
+        # Experts come in no order, so what the kernel reads ahead or keeps is only memory taken from the arena.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, offset, nbytes, advice)
 
     def _check_unchanged(self) -> None:
         now = FileIdentity.of(self._calls.fstat(self._fd))

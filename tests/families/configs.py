@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .names import model_class
-from .sizes import KEPT_WHEN_NONE, LAYERS, OF_CONFIG_CLASS, OF_FAMILY, OF_VARIANT, TEXT, VISION, VOCAB
+from .sizes import KEPT_WHEN_NONE, LAYERS, OF_CONFIG_CLASS, OF_FAMILY, TEXT, VISION, VOCAB
 
 _SENSE_WORDS = ("vision", "audio", "sam", "encoder", "code2wav", "siglip", "pixtral")
 _SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -22,9 +22,9 @@ def tiny_config(family: str) -> PreTrainedConfig:
     config = config_class(**_fields(config_class, family))
     for part in all_configs(config):
         part._experts_implementation = "eager"
-    if family == "qwen3_omni_moe":
-        # Generation reads it from the thinker's config, which has it only as a part of the whole model's.
-        config.vision_start_token_id = VOCAB - 20
+    if family.startswith("qwen3_omni_moe"):
+        # Generation reads it from the thinker's config, where hub checkpoints have it and a fresh one does not.
+        getattr(config, "thinker_config", config).vision_start_token_id = VOCAB - 20
     return config
 
 
@@ -42,9 +42,7 @@ def _fields(config_class: type[PreTrainedConfig], family: str) -> dict[str, Any]
     if not config_class.sub_configs:
         if any(word in config_class.__name__.lower() for word in _SENSE_WORDS):
             return _shrunk(config_class, VISION, own)
-        # The code predictor beside a talker is dense: what the family needs for its experts does not fit there.
-        needs = {} if "CodePredictor" in config_class.__name__ else OF_FAMILY.get(family.partition("+")[0], {})
-        return _shrunk_text(config_class, {**needs, **OF_VARIANT.get(family, {}), **own})
+        return _shrunk_text(config_class, {**OF_FAMILY.get(family.partition("+")[0], {}), **own})
     fields: dict[str, Any] = {}
     default: PreTrainedConfig | None = None
     for name, part_class in config_class.sub_configs.items():

@@ -101,7 +101,7 @@ def _fill(model: PreTrainedModel, generator: torch.Generator) -> None:
         if "correction_bias" in name or "expert_bias" in name:
             normal(buffer, 0.05)
         elif name.endswith("balancing_biases"):
-            # ZAYA sets its skip expert's bias, the last, to -1 on every load: it is only picked if the others are as low.
+            # ZAYA sets the last, its skip expert's, to -1 on every load: that is picked only if the others are low.
             normal(buffer, 0.05)
             buffer.sub_(1)[-1] = -1
         elif name.endswith("tid2eid"):
@@ -129,9 +129,6 @@ def inputs_for(family: str, model: PreTrainedModel, seed: int = 7) -> dict[str, 
         inputs["decoder_input_ids"] = ids
     elif family == "dots3_note+vl":
         inputs.update(_picture(model, ids, generator))
-    elif family == "qwen3_omni_moe+talker":
-        with torch.no_grad():
-            inputs = {"inputs_embeds": model.get_input_embeddings()(ids), "use_cache": False}
     elif "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = ids
     return inputs
@@ -151,14 +148,20 @@ def _picture(model: PreTrainedModel, ids: torch.Tensor, generator: torch.Generat
 @torch.no_grad()
 def logits(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
     """The scores of one forward, in fp32: [2, 12, vocabulary] (or labels, where the class classifies tokens)."""
+    if hasattr(model, "talker"):
+        # Qwen3-Omni as a whole has no forward: its two halves side by side.
+        codes = model.talker.get_input_embeddings()(inputs["input_ids"])
+        halves = model.thinker(**inputs).logits, model.talker(inputs_embeds=codes, use_cache=False).logits
+        return torch.cat(halves, dim=-1).float()
     scores: torch.Tensor = model(**inputs).logits
     return scores.float()
 
 
 def greedy_tokens(model: PreTrainedModel, inputs: dict[str, Any], n: int = 8) -> torch.Tensor:
     """The next `n` tokens by `generate`, [2, n]; the best label of each token where the class cannot generate."""
-    if not model.can_generate() or "inputs_embeds" in inputs:
+    if not model.can_generate():
         return logits(model, inputs).argmax(-1)
+    model = getattr(model, "thinker", model)
     prompt = {
         key: value
         for key, value in inputs.items()

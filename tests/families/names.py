@@ -35,7 +35,7 @@ _WRAPPER_CLASSES = {
     "inkling2+vl": "Inkling2ForConditionalGeneration",
     "minimax_m3_vl+vl": "MiniMaxM3SparseForConditionalGeneration",
     "qwen3_5_moe+vl": "Qwen3_5MoeForConditionalGeneration",
-    "qwen3_omni_moe+talker": "Qwen3OmniMoeTalkerForConditionalGeneration",
+    "qwen3_omni_moe+talker": "Qwen3OmniMoeForConditionalGeneration",
     "qwen4_exp+vl": "Qwen4ExpForConditionalGeneration",
 }
 WRAPPER_FAMILIES: tuple[str, ...] = tuple(name for name in _WRAPPER_CLASSES if name.partition("+")[0] in HOOK_FAMILIES)

@@ -236,10 +236,6 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
-OF_VARIANT: dict[str, dict[str, Any]] = {
-    "qwen3_omni_moe+talker": {"shared_expert_intermediate_size": 24},
-}
-
 OF_CONFIG_CLASS: dict[str, dict[str, Any]] = {
     "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     "DbrxConfig": {
@@ -277,5 +273,7 @@ OF_CONFIG_CLASS: dict[str, dict[str, Any]] = {
         "depths": [1, 1],
     },
     "MuseSparkConfig": {"out_hidden_size": HIDDEN, "projector_hidden_size": 32},
+    "Qwen3OmniMoeCode2WavConfig": {"decoder_dim": 64, "codebook_size": 32},
     "Qwen3OmniMoeTalkerConfig": {"spatial_merge_size": 2, "thinker_hidden_size": HIDDEN},
+    "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 24},
 }

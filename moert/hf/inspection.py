@@ -1,0 +1,116 @@
+"""What a checkpoint holds and what it will take to run it, from its configuration and file headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import AutoConfig, PreTrainedModel
+
+from moert.config import OffloadConfig
+from moert.errors import CorruptFileError
+from moert.hf.layers import Layers
+from moert.hf.loading import check_folder, check_not_packed, model_class
+from moert.hf.quantizer import MoertQuantizer
+from moert.hf.text import read_settings
+from moert.plan import LayerNeed
+from moert.runtime.records import Record
+from moert.tiers.safetensors_file import read_index
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The experts of a checkpoint as moert would keep them."""
+
+    architecture: str
+    dtype: str
+    """In memory."""
+    needs: tuple[LayerNeed, ...]
+    """One entry for each layer of experts."""
+    dense_bytes: int
+    """Everything that is no expert: always in memory."""
+    is_direct: bool
+    """Whether every expert can be used as it lies in the file."""
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts."""
+        return sum(need.num_experts * need.expert_bytes for need in self.needs)
+
+
+class _Planner(MoertQuantizer):
+    """Goes as far as the plan that loading begins with."""
+
+    def _plan(self, model: PreTrainedModel, layers: Layers, paths: list[str], records: list[list[Record]]) -> None:
+        self.layers = layers
+        self.records = records
+
+
+def local_folder(path_or_id: str, revision: str | None = None) -> Path | None:
+    """The folder of a checkpoint that is on this machine: itself, or the hub cache's copy; None if there is none."""
+    if os.path.isdir(path_or_id):
+        return Path(path_or_id)
+    try:
+        return Path(snapshot_download(path_or_id, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def shard_files(folder: Path) -> list[str]:
+    """The safetensors files of a checkpoint's folder.
+
+    Raises:
+        CorruptFileError: a file of the index is missing.
+    """
+    indexed = read_index(folder)
+    return indexed if indexed is not None else sorted(str(path) for path in folder.glob("*.safetensors"))
+
+
+def inspect_checkpoint(folder: Path, *, dtype: str = "auto") -> Inspection:
+    """Find the experts of the checkpoint in `folder` the way loading does; reads headers, no weights.
+
+    Args:
+        dtype: as for `from_pretrained`.
+
+    Raises:
+        ConfigError, UnsupportedModelError, CorruptFileError, TransferError: loading would raise the same.
+    """
+    check_folder(folder)
+    settings = read_settings(str(folder))
+    check_not_packed(settings)
+    files = shard_files(folder)
+    if not files:
+        raise CorruptFileError(f"{folder} has a config.json but no weights; finish the download")
+    cls = model_class(settings)
+    config = (getattr(cls, "config_class", None) or AutoConfig).from_pretrained(str(folder))
+    memory_dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+    with torch.device("meta"):
+        model = (getattr(cls, "from_config", None) or cls._from_config)(config, dtype=memory_dtype)
+    architecture = type(model).__name__
+    planner = _Planner(OffloadConfig())
+    planner._process_model_before_weight_loading(model, dtype=memory_dtype, checkpoint_files=files)
+    return Inspection(
+        architecture=architecture,
+        dtype=str(memory_dtype).removeprefix("torch."),
+        needs=_needs(planner.layers, planner.records),
+        dense_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        is_direct=all(record.is_direct for layer in planner.records for record in layer),
+    )
+
+
+def _needs(layers: Layers, records: Sequence[Sequence[Record]]) -> tuple[LayerNeed, ...]:
+    return tuple(
+        LayerNeed(
+            name=spec.name,
+            num_experts=spec.num_experts,
+            slot_bytes=max(record.slot_bytes for record in layer),
+            expert_bytes=spec.expert_bytes,
+            top_k=spec.top_k,
+        )
+        for spec, layer in zip(layers.specs, records, strict=True)
+    )
