@@ -11,13 +11,14 @@ TYPETREE := build/typecheck
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 LINTED := setup.py moert kernels predictors tests $(wildcard bench)
 
-.PHONY: help venv demo test test-slow check format clean
+.PHONY: help venv demo test test-slow check docs format clean
 
 help:
 	@echo "make venv   set up $(VENV) with all that the demo, the tests and the benchmarks need"
 	@echo "make demo   venv, then the demo"
 	@echo "make test   venv, then the tests (test-slow: the long ones)"
 	@echo "make check  lint, format, types"
+	@echo "make docs   write docs/families.md anew"
 	@echo "make format rewrite sources in the project's style"
 	@echo "make clean  remove what the build made"
 
@@ -55,6 +56,9 @@ check: venv
 	ln -s $(addprefix $(CURDIR)/,$(wildcard moert/*) kernels predictors) $(TYPETREE)/moert/
 	cd $(TYPETREE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p moert
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+docs: venv
+	PYTHONPATH=tests $(BIN)/python -m families.document docs/families.md
 
 format: venv
 	$(BIN)/ruff check --fix $(LINTED)

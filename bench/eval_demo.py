@@ -147,8 +147,8 @@ def segment_routing(chosen: np.ndarray, window: int) -> tuple[float, float]:
 def routing_report(model: Any, windows: Tensor, seed: int = 0) -> dict[str, Any]:
     """Usage, overlap and SRP over windows [n, S], and what the experts' differences are worth.
 
-    `shuffled` is SRP after mixing the order of all tokens, which keeps popularity alone. `bits_per_token` has the loss as
-    it is and with every token sent to the wrong experts: equal losses would mean that experts are interchangeable.
+    `shuffled` is SRP after mixing the order of all tokens, which keeps popularity alone. `bits_per_token` has the loss
+    as it is and with every token sent to the wrong experts: equal losses would mean interchangeable experts.
     """
     chosen, own_bits = record_routing(model, windows)
     with misrouted(model):

@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import json
 import random
+import signal
 import statistics
 import sys
 from dataclasses import asdict, replace
@@ -75,6 +76,8 @@ def main(
 ) -> None:
     """Compare systems that run an MoE model under one memory limit."""
     console = Console()
+    # Terminated like interrupted: the child, its group and hf's copy of the checkpoint go too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         chosen = _systems(systems, gguf)
         facts = read_checkpoint(checkpoint)

@@ -1,4 +1,4 @@
-"""The embedded demo model: it is there, it is small, and it is trained; random weights fail every test of the last kind."""
+"""The embedded demo model is there, is small and is trained (random weights fail the tests of its text and routing)."""
 
 from __future__ import annotations
 

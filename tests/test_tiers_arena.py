@@ -89,8 +89,10 @@ def test_a_kernel_that_refuses_the_pages_is_reported_and_leaves_nothing(monkeypa
 
     monkeypatch.setattr(arena_module, "_C", Native)
     before = rss_bytes()
-    with pytest.raises(CapacityError, match=r"refused 64\.0 MiB .*ENOMEM"):
+    with pytest.raises(CapacityError, match=r"refused 64\.0 MiB .*ENOMEM") as caught:
         HostArena(64 * MIB)
+    # The error is still alive here, and with it the frame of the constructor.
+    assert caught.tb is not None
     assert rss_bytes() - before < 16 * MIB
 
 

@@ -7,6 +7,8 @@ a file of its own; it returns the exit code. Bad input ends in exit code 2 and o
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -27,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     While it runs, an interrupt (SIGINT) raises KeyboardInterrupt and warnings are printed as one line each.
     """
+    if arguments is None:
+        # The interpreter's last collections walk over all that torch and transformers made: a second, for nothing.
+        atexit.register(gc.freeze)
     given = list(sys.argv[1:] if arguments is None else arguments)
     with _interruptible() as was_interrupted:
         try:

@@ -46,9 +46,10 @@ def open_tokenizer(name: str, options: LoadOptions) -> Any:
     """
     with bar("starting"):
         _import_quietly(name)
-    from moert.hf.text import load_tokenizer
+    from moert.hf.text import load_tokenizer, read_settings
 
     with reading(name):
+        read_settings(name, options.revision)  # what cannot be found at all is said once, not for each file
         return load_tokenizer(name, options.revision)
 
 
@@ -99,7 +100,6 @@ def _loading_bar(name: str) -> Iterator[Bar]:
 
 def _import_quietly(name: str) -> None:
     """Import what takes seconds, and hide transformers' own bars where ours stand or nobody looks."""
-    from moert.hf.text import hide_progress_bars
+    from moert.hf.text import hush
 
-    if _is_local(name) or not stderr().is_terminal:
-        hide_progress_bars()
+    hush(bars=_is_local(name) or not stderr().is_terminal)

@@ -1,5 +1,306 @@
+"""`moert verify`: the same prompt offloaded and resident, token by token."""
+
 from __future__ import annotations
 
+import gc
+import warnings
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-def verify() -> int:
-    return 0
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from moert.cli.opening import open_tokenizer, opened, opened_plain
+from moert.cli.options import Json, LoadOptions, Model, resolve_model, with_load_options
+from moert.cli.output import bar, facts, percent, print_json, stdout
+from moert.config import format_bytes
+from moert.errors import CapacityError, ConfigError
+from moert.tiers.memory import available_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+PROMPT = "The first rule of caching is that what was used last will be used again, because"
+REFERENCES = ("transformers", "resident")
+
+# transformers converts a layer's experts at a time while it loads, beside the weights themselves.
+_LOADING_SHARE = 1.1
+_HEAD_ROOM_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far the logits may be apart, as a share of the largest of them, and why that far."""
+
+    share: float
+    reason: str
+
+
+EXACT = Tolerance(0.0, "the same kernels on the same weights: every bit must agree")
+FLOAT32 = Tolerance(1e-5, "float32 keeps 24 bits; sums in another order differ in the last few")
+SIXTEEN_BIT = Tolerance(2**-6, "four roundings of bfloat16, 2^-8 each; float16 rounds more finely")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the offloaded run is held against."""
+
+    kind: Literal["transformers", "resident", "moert"]
+    description: str
+    tolerance: Tolerance
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One greedy run: its tokens, the logits behind each, and the experts that each forward of each layer picked."""
+
+    token_ids: list[int]
+    logits: torch.Tensor
+    picks: dict[str, list[torch.Tensor]]
+
+
+@with_load_options()
+def verify(
+    model: Model,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue.", show_default=False)] = PROMPT,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to compare.")] = 32,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(REFERENCES),
+            help="What to compare with: transformers alone, or moert with every expert in memory. "
+            "Default: transformers, if the whole model fits in memory.",
+        ),
+    ] = None,
+    json: Json = False,
+    *,
+    options: LoadOptions,
+) -> int:
+    """Check that offloading changes nothing: greedy tokens, logits and routing against a resident model.
+
+    Exit code 1 if they differ.
+    """
+    if reference is not None and reference not in REFERENCES:
+        raise ConfigError(f"--reference={reference!r} must be one of {', '.join(REFERENCES)}")
+    name = resolve_model(model)
+    tokenizer = open_tokenizer(name, options)
+    from moert.hf.text import encode
+
+    inputs = encode(tokenizer, prompt, chat=False)
+
+    with opened(name, options) as offloaded:
+        chosen, other = _choose_reference(offloaded.model, reference, options)
+        mine = _trace(offloaded.model, tokenizer, inputs, max_new_tokens, "offloaded")
+        document = _describe(name, prompt, offloaded.model, options)
+    theirs = _run_reference(name, chosen, other, tokenizer, inputs, max_new_tokens)
+    document.update(compare(mine, theirs, chosen, tokenizer))
+    if json:
+        print_json(document)
+    else:
+        _print(document, stdout())
+    return 0 if document["passed"] else 1
+
+
+def _describe(name: str, prompt: str, model: Any, options: LoadOptions) -> dict[str, Any]:
+    import moert
+
+    stats = moert.stats(model).as_dict()
+    kept = ("hits", "misses", "hit_rate", "bytes_read", "resident_bytes", "expert_bytes")
+    return {
+        "model": name,
+        "prompt": prompt,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "policy": options.offload.policy,
+        **{key: stats[key] for key in kept},
+    }
+
+
+def _choose_reference(model: Any, asked: str | None, options: LoadOptions) -> tuple[Reference, LoadOptions]:
+    """The reference, and the options to open it with, before anything more is loaded."""
+    import moert
+
+    if asked == "resident":
+        resident = replace(options, offload=replace(options.offload, host_memory="100%"))
+        return Reference("resident", "moert with every expert in memory", EXACT), resident
+    stats = moert.stats(model)
+    dense_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    needed = int((dense_bytes + stats.expert_bytes) * _LOADING_SHARE) + _HEAD_ROOM_BYTES
+    room = available_bytes() + dense_bytes + stats.slot_bytes  # the offloaded model is closed by then
+    if needed <= room:
+        return _plain_reference(model), options
+    lack = f"transformers needs {format_bytes(needed)} for the whole model, {format_bytes(room)} are available"
+    if asked == "transformers":
+        raise CapacityError(f"{lack}; use --reference resident, or leave --reference out")
+    share = _other_share(model, stats.resident_bytes)
+    warnings.warn(f"{lack}; comparing with moert at another budget instead", RuntimeWarning, stacklevel=2)
+    other = replace(options, offload=replace(options.offload, host_memory=f"{share}%"))
+    return Reference("moert", f"moert with {share} % of the experts ({lack})", EXACT), other
+
+
+def _plain_reference(model: Any) -> Reference:
+    if str(model.dtype) == "torch.float32":
+        return Reference("transformers", "transformers, its eager experts", FLOAT32)
+    return Reference("transformers", "transformers, its eager experts, their outputs added in float32", SIXTEEN_BIT)
+
+
+def _other_share(model: Any, resident_bytes: int) -> int:
+    """A share of the experts, in percent, that one token can run with and that differs from the one in use."""
+    from moert.hf.model import runtime_of
+
+    specs = [layer.spec for layer in runtime_of(model).layers]
+    least = max(-(-100 * spec.top_k // spec.num_experts) for spec in specs)
+    in_use = 100 * resident_bytes / sum(spec.num_experts * spec.expert_bytes for spec in specs)
+    return least if in_use > 1.5 * least else min(100, 2 * least)
+
+
+def _run_reference(
+    name: str, reference: Reference, options: LoadOptions, tokenizer: Any, inputs: dict[str, Any], max_new_tokens: int
+) -> Trace:
+    gc.collect()  # the offloaded model's dense weights, so that both never stand side by side
+    if reference.kind != "transformers":
+        with opened(name, options) as loaded:
+            return _trace(loaded.model, tokenizer, inputs, max_new_tokens, "reference")
+    from moert.hf.reference import sum_in_fp32
+
+    with opened_plain(name, options, experts_implementation="eager") as plain:
+        if reference.tolerance is SIXTEEN_BIT and not sum_in_fp32(plain.model):
+            warnings.warn(
+                "these experts add their outputs in the model's own dtype; rounding alone may change a token: "
+                "--dtype float32 takes it out",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return _trace(plain.model, tokenizer, inputs, max_new_tokens, "reference")
+
+
+def _trace(model: Any, tokenizer: Any, inputs: dict[str, Any], max_new_tokens: int, title: str) -> Trace:
+    from moert.hf.reference import RoutingRecorder
+    from moert.hf.text import generate
+
+    with bar(title, max_new_tokens) as progress, RoutingRecorder(model) as recorder:
+        made = generate(
+            model, tokenizer, inputs, max_new_tokens=max_new_tokens, keep_logits=True, on_token=progress.advance
+        )
+    assert made.logits is not None
+    return Trace(made.token_ids, made.logits, recorder.picks)
+
+
+def compare(mine: Trace, theirs: Trace, reference: Reference, tokenizer: Any) -> dict[str, Any]:
+    """What two runs of one prompt have in common.
+
+    After the first token that differs the two have different texts before them, so logits and routing are compared up
+    to and including the forward that chose it.
+    """
+    pairs = list(zip(mine.token_ids, theirs.token_ids, strict=False))
+    shared = next((step for step, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    identical_tokens = mine.token_ids == theirs.token_ids
+    forwards = min(shared + 1, len(mine.logits), len(theirs.logits))
+    error = float((mine.logits[:forwards] - theirs.logits[:forwards]).abs().max())
+    largest = float(theirs.logits[:forwards].abs().max())
+    picks, differing, first_layer = _compare_routing(mine, theirs, forwards)
+    tolerance = reference.tolerance
+    within = error <= tolerance.share * largest  # false for NaN too
+    first_difference: dict[str, Any] | None = None
+    if not identical_tokens:
+        first_difference = _difference(mine, theirs, shared, tokenizer)
+    return {
+        "reference": reference.kind,
+        "reference_description": reference.description,
+        "tokens_compared": len(pairs),
+        "identical_tokens": identical_tokens,
+        "identical_routing": not differing,
+        "picks_compared": picks,
+        "picks_differing": differing,
+        "first_layer_differing": first_layer,
+        "max_abs_logit_error": error,
+        "max_abs_logit": largest,
+        "tolerance": tolerance.share,
+        "tolerance_reason": tolerance.reason,
+        "within_tolerance": within,
+        "first_difference": first_difference,
+        "passed": identical_tokens and not differing and within,
+    }
+
+
+def _compare_routing(mine: Trace, theirs: Trace, forwards: int) -> tuple[int, int, str | None]:
+    """(picks compared, picks that only one of the two made, the first layer with one)."""
+    picks, differing, first = 0, 0, None
+    for path, calls in theirs.picks.items():
+        for expected, found in zip(calls[:forwards], mine.picks.get(path, [])[:forwards], strict=False):
+            picks += expected.numel()
+            here = int((expected != found).sum()) if expected.shape == found.shape else expected.numel()
+            differing += here
+            first = first or (path if here else None)
+    return picks, differing, first
+
+
+def _difference(mine: Trace, theirs: Trace, step: int, tokenizer: Any) -> dict[str, Any]:
+    """The first token that differs, and by how much the reference preferred its own; None where one run just ended."""
+    tokens = [run.token_ids[step] if step < len(run.token_ids) else None for run in (mine, theirs)]
+    found, expected = tokens
+    margin = None
+    if found is not None and expected is not None:
+        margin = float(theirs.logits[step, expected] - theirs.logits[step, found])
+    return {
+        "step": step,
+        "token": found,
+        "text": None if found is None else tokenizer.decode([found]),
+        "reference_token": expected,
+        "reference_text": None if expected is None else tokenizer.decode([expected]),
+        "reference_margin": margin,
+    }
+
+
+def _print(result: dict[str, Any], console: Console) -> None:
+    share = result["max_abs_logit_error"] / result["max_abs_logit"] if result["max_abs_logit"] else 0.0
+    allowed = "0" if result["tolerance"] == 0 else f"{result['tolerance']:.1e}"
+    tokens = f"{result['tokens_compared']} of {result['tokens_compared']} identical"
+    if result["first_difference"]:
+        tokens = _difference_text(result)
+    routing = f"{result['picks_compared']:,} picks identical"
+    if result["picks_differing"]:
+        routing = (
+            f"{result['picks_differing']:,} of {result['picks_compared']:,} picks differ, "
+            f"first in {result['first_layer_differing']}"
+        )
+    resident = percent(result["resident_bytes"] / result["expert_bytes"])
+    console.print()
+    console.print(
+        facts(
+            [
+                ("offloaded", f"{resident} of the experts in memory, {result['dtype']}, policy {result['policy']}"),
+                ("reference", result["reference_description"]),
+                ("tokens", _mark(result["identical_tokens"], tokens)),
+                ("routing", _mark(result["identical_routing"], routing)),
+                ("logits", _mark(result["within_tolerance"], f"largest error {share:.1e} of the largest logit, allowed {allowed}")),
+                ("", Text(result["tolerance_reason"], style="bright_black")),
+                ("hit rate", f"{percent(result['hit_rate'])}, {format_bytes(result['bytes_read'])} read"),
+            ]
+        )
+    )
+    console.print()
+    if result["passed"]:
+        console.print("[bold green]identical[/] – offloading changed nothing")
+    else:
+        console.print("[bold red]DIFFERENT[/] – the offloaded model does not compute what the reference does")
+        console.print(f"[bright_black]{_advice(result)}[/]", soft_wrap=True)
+
+
+def _difference_text(result: dict[str, Any]) -> str:
+    first = result["first_difference"]
+    found, expected = (repr(first[key]) if first[key] is not None else "the end" for key in ("text", "reference_text"))
+    margin = "" if first["reference_margin"] is None else f", which the reference preferred by {first['reference_margin']:.3g}"
+    return f"differ from token {first['step'] + 1} of {result['tokens_compared']} on: {found} instead of {expected}{margin}"
+
+
+def _advice(result: dict[str, Any]) -> str:
+    if result["reference"] != "transformers":
+        return "The two must agree to the last bit: please report this with the output of `moert doctor`."
+    if result["dtype"] == "float32":
+        return "`--reference resident` tells whether the budget matters; please report this with `moert doctor`."
+    return "`--dtype float32` takes rounding out; `--reference resident` tells whether the budget matters."
+
+
+def _mark(good: bool, text: str) -> Text:
+    return Text.assemble(("✓ " if good else "✗ ", "green" if good else "bold red"), text)

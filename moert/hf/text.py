@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.generation.streamers import TextStreamer
 from transformers.utils import logging
@@ -46,9 +47,14 @@ class Generation:
         return n / self.decode_s if n > 0 and self.decode_s > 0 else None
 
 
-def hide_progress_bars() -> None:
-    """Keep transformers' own progress bars, downloads included, off the terminal for the rest of the process."""
-    logging.disable_progress_bar()
+def hush(*, bars: bool) -> None:
+    """Keep the hub's notes on each retry off standard error and, if `bars`, all progress bars of transformers too.
+
+    For the rest of the process. What went wrong in the end is still raised.
+    """
+    hub_logging.set_verbosity_error()
+    if bars:
+        logging.disable_progress_bar()
 
 
 def read_settings(path_or_id: str, revision: str | None = None) -> dict[str, Any]:
@@ -81,7 +87,8 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> dict[str
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[-1] == 0:
-        raise ConfigError("the prompt is empty, and this model's tokenizer puts no token before it; give some text")
+        why = "is its tokenizer.json missing?" if prompt else "give some text"
+        raise ConfigError(f"this model's tokenizer makes no tokens of the prompt {prompt[:40]!r}; {why}")
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
