@@ -38,11 +38,11 @@ NARROW: dict[str, dict[str, Any]] = {
     "gpt-oss-20b": {**SMALL, "head_dim": 16},
 }
 PUBLISHED_PARAMETERS = {
-    "olmoe-1b-7b": 6.92e9,
-    "qwen3-30b-a3b": 30.5e9,
-    "mixtral-8x7b": 46.7e9,
-    "deepseek-v2-lite": 15.7e9,
-    "gpt-oss-20b": 20.9e9,
+    "olmoe-1b-7b": 6_919_161_856,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+    "deepseek-v2-lite": 15_706_484_224,
+    "gpt-oss-20b": 20_914_757_184,
 }
 
 
@@ -105,7 +105,22 @@ def test_plain_transformers_loads_it_whole(arch: str, tmp_path: Path) -> None:
 def test_the_full_shape_has_the_published_size(arch: str) -> None:
     config = bench("architectures").configuration(arch)
     tensors = bench("make_checkpoint").tensors_of(config, "bf16")
-    assert sum(spec.nbytes for spec in tensors) / 2 == pytest.approx(PUBLISHED_PARAMETERS[arch], rel=0.005)
+    assert sum(spec.nbytes for spec in tensors) == 2 * PUBLISHED_PARAMETERS[arch]
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "inputs"),
+    [
+        ("gpt-oss-20b", "model.layers.1.mlp.experts.gate_up_proj", 64),
+        ("gpt-oss-20b", "model.layers.1.mlp.experts.down_proj", 32),
+        ("mixtral-8x7b", "model.layers.1.block_sparse_moe.experts.7.w1.weight", 64),
+        ("mixtral-8x7b", "model.layers.1.block_sparse_moe.experts.7.w2.weight", 32),
+    ],
+)
+def test_a_matrix_keeps_the_size_of_what_it_is_fed(arch: str, name: str, inputs: int, tmp_path: Path) -> None:
+    bench("make_checkpoint").write_checkpoint(small_config(arch), tmp_path / "model")
+    raw = bytearray(all_bytes(tmp_path / "model")[name])
+    assert torch.frombuffer(raw, dtype=torch.bfloat16).double().std() == pytest.approx(inputs**-0.5, rel=0.05)
 
 
 def test_safetensors_reads_every_tensor_and_an_expert_is_contiguous(tmp_path: Path) -> None:

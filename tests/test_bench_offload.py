@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -172,6 +174,46 @@ def test_a_run_killed_for_memory_says_so(tiny: Path) -> None:
     assert "needs more than 48.0 MiB" in killed.error
 
 
+def test_hf_gets_less_memory_until_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds, limited, systems = bench("rounds"), bench("limited"), bench("systems")
+    given: list[int] = []
+
+    def run_child(spec: Any, limit_bytes: int | None, **options: Any) -> Any:
+        given.append(spec.hf_memory_bytes)
+        assert Path(spec.offload_folder).is_dir()
+        if spec.hf_memory_bytes > 30 << 20:
+            return limited.Outcome("hf", error="killed", oom_kills=1)
+        return limited.Outcome("hf", run=systems.Run(tokens=[1, 2]))
+
+    monkeypatch.setattr(rounds, "run_child", run_child)
+    one = rounds.Bench([], 1, 1 << 30, 1.0, 0.1)
+    spec = systems.Spec("hf", "folder", [1], 2, hf_memory_bytes=100 << 20)
+    assert one.run(spec).oom_kills == 2
+    assert one.run(spec).oom_kills == 0
+    assert given == [100 << 20, 50 << 20, 25 << 20, 25 << 20]
+
+
+def test_a_terminated_benchmark_leaves_nothing(tiny: Path) -> None:
+    skip_unless_limits_work(1 << 30)
+    pytest.importorskip("moert.api")
+    command = [sys.executable, str(BENCH / "offload.py"), str(tiny), "--systems", "moert", "--memory-limit", "1GiB"]
+    driver = subprocess.Popen([*command, "--disk-seconds", "0.1"], stdout=subprocess.DEVNULL)
+
+    def group_processes() -> list[list[str]]:
+        parents = [folder for _, folder in bench("cgroup").memory_folders()]
+        groups = [group for parent in parents for group in parent.glob(f"moert-bench-{driver.pid}-*")]
+        return [(group / "cgroup.procs").read_text().split() for group in groups]
+
+    deadline = time.monotonic() + 60
+    while not any(group_processes()) and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (children,) = group_processes()
+    driver.terminate()
+    assert driver.wait(timeout=30) == 128 + signal.SIGTERM
+    assert group_processes() == []
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
 def test_a_run_that_hangs_or_fails_says_so(tiny: Path) -> None:
     systems, limited = bench("systems"), bench("limited")
     spec = systems.Spec("hf", str(tiny), [1], 2, hf_folder=str(tiny / "absent"))
@@ -184,20 +226,20 @@ def test_a_run_that_hangs_or_fails_says_so(tiny: Path) -> None:
 def test_dropped_files_are_read_from_the_disk_again(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(os.urandom(4 << 20))
-    counted = (
-        "from systems import disk_read_bytes as n; import sys; a = n(); open(sys.argv[1], 'rb').read(); print(n() - a)"
-    )
+    imports = f"import diskspeed, pathlib; from systems import disk_read_bytes as n; p = pathlib.Path({str(path)!r}); "
 
-    def read_bytes() -> int:
-        command = [sys.executable, "-c", counted, str(path)]
+    def read_bytes(read: str) -> int:
+        command = [sys.executable, "-c", f"{imports}a = n(); {read}; print(n() - a)"]
         return int(subprocess.run(command, cwd=BENCH, capture_output=True, text=True, check=True).stdout)
 
-    bench("diskspeed").drop_page_cache([path])
-    cold, warm = read_bytes(), read_bytes()
-    if cold == 0:
+    drop_page_cache = bench("diskspeed").drop_page_cache
+    drop_page_cache([path])
+    if read_bytes("diskspeed.measure([p], 4096, seconds=0.01)") == 0:
         pytest.skip("the kernel does not count this file system's reads")
-    assert cold >= 4 << 20
-    assert warm == 0
+    path.read_bytes()
+    assert read_bytes("p.read_bytes()") == 0
+    drop_page_cache([path])
+    assert read_bytes("p.read_bytes()") >= 4 << 20
 
 
 @pytest.mark.parametrize("is_direct", [True, False])

@@ -30,6 +30,7 @@ from families import (
     support_table,
     tiny_config,
     transpose_fused_experts,
+    use_eager_experts,
     zoo_at,
 )
 from torch import nn
@@ -108,22 +109,23 @@ def test_zoo_specimen_is_sound(family: str, zoo: Zoo) -> None:
     assert torch.equal(logits(specimen.model, specimen.inputs), specimen.logits), "forward is not deterministic"
     assert relative_error(logits(made, inputs_for(family, made)), specimen.logits) < 1e-6, "saving changed the model"
     assert relative_error(specimen.silent_logits, specimen.logits) > 0.05, "experts do not matter"
-    routed = routing_of(specimen)
-    assert set(routed) == {name for name, _ in experts_modules(specimen.model)}, "an experts module never ran"
+    assert set(calls_of(specimen)) == {name for name, _ in experts_modules(specimen.model)}, (
+        "an experts module never ran"
+    )
     assert specimen.tokens.shape[0] == specimen.logits.shape[0]
 
 
-def routing_of(specimen: Specimen) -> dict[str, torch.Tensor]:
-    """The ids that reached each experts module in one forward: path -> [T, K]."""
-    routed: dict[str, torch.Tensor] = {}
+def calls_of(specimen: Specimen) -> dict[str, tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+    """What each experts module was called with in one forward, and what it returned."""
+    calls: dict[str, tuple[tuple[torch.Tensor, ...], torch.Tensor]] = {}
     hooks = [
-        module.register_forward_pre_hook(lambda _module, args, path=path: routed.update({path: args[1]}))
+        module.register_forward_hook(lambda _, args, output, path=path: calls.update({path: (args, output)}))
         for path, module in experts_modules(specimen.model)
     ]
     logits(specimen.model, specimen.inputs)
     for hook in hooks:
         hook.remove()
-    return routed
+    return calls
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v4", "dbrx"])
@@ -138,7 +140,7 @@ def test_zoo_builds_depend_on_the_seed_alone(family: str) -> None:
 def test_zoo_longcat_flash_picks_zero_computation_experts(zoo: Zoo) -> None:
     specimen = zoo.specimen("longcat_flash")
     experts = dict(experts_modules(specimen.model))
-    for path, ids in routing_of(specimen).items():
+    for path, ((_, ids, _), _) in calls_of(specimen).items():
         routed = experts[path].num_routed_experts
         assert (ids >= routed).any()
         assert (ids < routed).any()
@@ -190,6 +192,26 @@ def test_load_gives_the_same_bits_with_any_budget(family: str, zoo: Zoo) -> None
     assert torch.equal(found[0], found[2])
 
 
+def test_sums_over_many_picks_do_not_depend_on_which_expert_was_there_first(tmp_path: Path) -> None:
+    # Two picks would not tell: a + b is b + a.
+    config = tiny_config("qwen3_moe")
+    config.num_experts, config.num_experts_per_tok = 16, 7
+    made = build("qwen3_moe", config=config)
+    save(made, tmp_path)
+    inputs = inputs_for("qwen3_moe", made)
+    expected = logits(made, inputs)
+    found = []
+    for budget in ("45%", "60%", "80%", "100%"):
+        model = moert.load(tmp_path, host_memory=budget, dtype=torch.float32)
+        try:
+            # Other experts are resident at each.
+            found += [logits(model, inputs) for _ in range(3)]
+        finally:
+            moert.close(model)
+    assert relative_error(found[0], expected) <= RELATIVE_TOLERANCE
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
 @pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
 def test_patch_is_transparent_and_undone(family: str, zoo: Zoo) -> None:
     specimen = zoo.specimen(family)
@@ -210,6 +232,56 @@ def test_patch_is_transparent_and_undone(family: str, zoo: Zoo) -> None:
     weights = specimen.model.state_dict()
     assert [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, weights[name])] == []
     assert torch.equal(logits(model, specimen.inputs), specimen.logits)
+
+
+@pytest.mark.parametrize("family", LAYOUT_FAMILIES)
+def test_patch_gives_the_bits_that_load_does(family: str, zoo: Zoo) -> None:
+    specimen = zoo.specimen(family)
+    model = moert.load(specimen.path, host_memory="100%", dtype=torch.float32)
+    try:
+        expected = logits(model, specimen.inputs)
+    finally:
+        moert.close(model)
+    model = zoo.fresh(family)
+    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    with moert.patch(model):
+        assert torch.equal(logits(model, specimen.inputs), expected)
+        assert moert.stats(model).as_dict()["misses"] == 0
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == places
+    with moert.patch(model, host_memory="50%"):
+        assert torch.equal(logits(model, specimen.inputs), expected)
+
+
+@pytest.mark.parametrize("family", [*LAYOUT_FAMILIES, "diffusion_gemma"])
+def test_unpatch_after_load_gives_what_transformers_loads(family: str, zoo: Zoo, tmp_path: Path) -> None:
+    specimen = zoo.specimen(family)
+    model = moert.load(specimen.path, host_memory="25%", dtype=torch.float32)
+    assert moert.unpatch(model) is model
+    assert type(model) is model_class(family)
+    use_eager_experts(model)
+    expected, found = specimen.model.state_dict(), model.state_dict()
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert torch.equal(logits(model, specimen.inputs), specimen.logits)
+    save(model, tmp_path)
+    assert torch.equal(logits(plain_load(family, tmp_path), specimen.inputs), specimen.logits)
+
+
+@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+def test_load_in_bf16_keeps_each_experts_dtype(family: str, zoo: Zoo) -> None:
+    specimen = zoo.specimen(family, torch.bfloat16)
+    model = moert.load(specimen.path, host_memory="25%", dtype=torch.bfloat16)
+    try:
+        assert_dense_weights_loaded(model, specimen)
+        calls = calls_of(specimen)
+        assert calls
+        for path, (arguments, expected) in calls.items():
+            with torch.no_grad():
+                found = model.get_submodule(path)(*arguments)
+            assert found.dtype == expected.dtype
+            assert relative_error(found.float(), expected.float()) <= 2**-6
+    finally:
+        moert.close(model)
 
 
 def assert_same_objects(found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -71,7 +71,9 @@ def make_app() -> typer.Typer:
 
     @app.callback()
     def options(
-        version: bool = typer.Option(False, "--version", is_eager=True, callback=_print_version, help="Print the version."),
+        version: bool = typer.Option(
+            False, "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
         traceback: bool = typer.Option(False, "--traceback", help="On an error, show where it came from."),
     ) -> None:
         pass

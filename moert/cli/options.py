@@ -196,4 +196,6 @@ def _check_folder_is_writable(folder: str | None) -> None:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise ConfigError(f"cache_dir={folder!r}: cannot write to {nearest}: {error.strerror}; give another folder") from None
+        raise ConfigError(
+            f"cache_dir={folder!r}: cannot write to {nearest}: {error.strerror}; give another folder"
+        ) from None

@@ -11,7 +11,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressBar,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -80,6 +90,13 @@ class Bar:
             self._progress.advance(self._task)
 
 
+class _BarOfKnownLength(BarColumn):
+    """Nothing, rather than a bar that runs to and fro, while the length is unknown."""
+
+    def render(self, task: Task) -> ProgressBar:
+        return super().render(task) if task.total is not None else ProgressBar(total=1, width=0)
+
+
 @contextmanager
 def bar(title: str, total: int | None = None) -> Iterator[Bar]:
     """A progress bar on standard error that vanishes at the end. Without `total` it spins until it is told one."""
@@ -90,8 +107,8 @@ def bar(title: str, total: int | None = None) -> Iterator[Bar]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=28),
-        TextColumn("{task.percentage:>3.0f} %") if total else TextColumn(""),
+        _BarOfKnownLength(bar_width=28),
+        TaskProgressColumn(),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:

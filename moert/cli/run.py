@@ -23,7 +23,8 @@ def run(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='The text; "-" reads it from standard input.')],
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")] = 128,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, metavar="X", help="Draw tokens at this temperature. Default: the likeliest.")
+        float | None,
+        typer.Option(min=0.0, metavar="X", help="Draw tokens at this temperature. Default: the likeliest."),
     ] = None,
     top_p: Annotated[
         float | None, typer.Option(metavar="P", help="Draw from the likeliest tokens that make up this probability.")
@@ -31,7 +32,9 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, metavar="S", help="Makes drawing repeatable.")] = None,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Use the chat template. Default: if the tokenizer has one.", show_default=False),
+        typer.Option(
+            "--chat/--no-chat", help="Use the chat template. Default: if the tokenizer has one.", show_default=False
+        ),
     ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print what each layer's cache did.")] = False,
     json: Json = False,
@@ -111,9 +114,15 @@ def _print_stats(document: dict[str, Any], console: Console) -> None:
     console.print(
         facts(
             [
-                ("speed", f"{rate(document['tokens_per_s'])}, the first after {seconds(document['time_to_first_token_s'])}"),
+                (
+                    "speed",
+                    f"{rate(document['tokens_per_s'])}, the first after {seconds(document['time_to_first_token_s'])}",
+                ),
                 ("loading", seconds(document["load_s"])),
-                ("experts", f"{format_bytes(resident)} of {format_bytes(total)} resident ({percent(resident / total)})"),
+                (
+                    "experts",
+                    f"{format_bytes(resident)} of {format_bytes(total)} resident ({percent(resident / total)})",
+                ),
                 ("memory", f"{format_bytes(document['peak_rss_bytes'])} at most, the whole process"),
             ]
         )

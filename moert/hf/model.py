@@ -31,6 +31,12 @@ class Offloaded:
             "moert.unpatch(model) first, or copy the checkpoint it was loaded from"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise MoertError("a model with offloaded experts cannot be copied: load it a second time, or unpatch it first")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise MoertError("a model with offloaded experts cannot be pickled: unpatch it first")
+
 
 @cache
 def _offloaded_class(cls: type) -> type:

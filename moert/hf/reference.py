@@ -46,9 +46,7 @@ def sum_in_fp32(model: nn.Module) -> bool:
 
 
 def _one_at_a_time(eager: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def forward(
-        hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(hidden_states.shape, dtype=torch.float32)
         for expert in top_k_index.unique().tolist():
             picked = (top_k_index == expert) & (top_k_weights != 0)

@@ -125,8 +125,6 @@ class _CgroupMount:
         inside = path == mounted or path.startswith(f"{mounted}/")
         # A path from another cgroup namespace cannot be found here; the mount point is then the nearest known ancestor.
         parts = [part for part in path[len(mounted) :].split("/") if part] if inside else []
-        if ".." in parts:
-            parts = []
         for depth in range(len(parts), -1, -1):
             yield self.at.joinpath(*parts[:depth])
 

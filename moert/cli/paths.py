@@ -1,0 +1,85 @@
+"""Which way each part of moert takes on a machine, and why, from what `moert doctor` found there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moert.config import OffloadConfig, format_bytes
+
+_HALF_FLOATS = {"bfloat16": ("amx_bf16", "avx512_bf16")}
+
+
+def choose_paths(document: dict[str, Any], config: OffloadConfig) -> list[dict[str, str]]:
+    """One `{part, path, why}` for each part; `document` is doctor's, without its paths."""
+    rows = [
+        ("expert compute", *_compute(document)),
+        ("disk reads", *_reads(document, config)),
+        ("host memory", *_arena(document)),
+        ("device memory", *_device(document)),
+        ("pinned memory", *_pinned(document)),
+        ("cache policy", config.policy, f"slots are shared out evenly over the layers; {_budget(document, config)}"),
+    ]
+    return [{"part": part, "path": path, "why": why} for part, path, why in rows]
+
+
+def _compute(document: dict[str, Any]) -> tuple[str, str]:
+    dtype = (document["model"] or {}).get("dtype") or "bfloat16"
+    features = document["cpu"].get("features", {})
+    native = [name for name in _HALF_FLOATS.get(dtype, ()) if features.get(name)]
+    if dtype == "float32":
+        why = "float32 needs no special instructions"
+    elif native:
+        why = f"this processor multiplies {dtype} itself ({', '.join(native)})"
+    else:
+        why = f"this processor has no instructions for {dtype}, so torch converts on the way: slower for long prompts"
+    return f"torch CPU kernels in {dtype}, outputs added in float32", why
+
+
+def _reads(document: dict[str, Any], config: OffloadConfig) -> tuple[str, str]:
+    disk = document["disks"].get("checkpoint") or document["disks"]["cache"]
+    threads = f"{config.io_depth} threads"
+    if not config.direct_io:
+        return f"through the page cache, {threads}", "--no-direct-io asks for it"
+    if "problem" in disk:
+        return f"O_DIRECT if the file system can, {threads}", "the disk could not be probed"
+    if disk["direct"]:
+        return f"O_DIRECT, {threads}", f"{disk['file_system']} can read past the page cache"
+    return (
+        f"through the page cache, {threads}",
+        f"{disk['file_system']} cannot read past the page cache: costs more CPU",
+    )
+
+
+def _arena(document: dict[str, Any]) -> tuple[str, str]:
+    memory = document["memory"]
+    if "problem" in memory:
+        return "one private mapping", "memory could not be probed"
+    huge = memory["arena_huge_bytes"]
+    if huge is None:
+        return "one private mapping", "the kernel does not say whether it has huge pages"
+    if huge * 2 >= memory["arena_bytes"]:
+        return "one private mapping in 2 MiB pages", f"the kernel gave {format_bytes(huge)} of huge pages to a test"
+    setting = memory["huge_pages"]
+    reason = "huge pages are switched off" if setting == "never" else "the kernel had too few huge pages in a row"
+    return "one private mapping in 4 KiB pages", f"{reason}: disk reads cost more CPU"
+
+
+def _device(document: dict[str, Any]) -> tuple[str, str]:
+    devices = document["devices"]
+    if "problem" in devices:
+        return "none", "CUDA could not be probed"
+    if not devices["devices"]:
+        return "none", devices["why"]
+    return "none", f"this version computes experts on the CPU; {devices['devices'][0]['name']} stays idle"
+
+
+def _pinned(document: dict[str, Any]) -> tuple[str, str]:
+    devices = document["devices"].get("devices")
+    return "none", "nothing is copied to a device" if devices else "there is no device to copy to"
+
+
+def _budget(document: dict[str, Any], config: OffloadConfig) -> str:
+    if config.host_memory is not None:
+        return f"--host-memory {config.host_memory}"
+    default = (document["model"] or {}).get("default_host_bytes")
+    return "the budget is measured" if default is None else f"{format_bytes(default)} by default"
