@@ -27,7 +27,7 @@ SRP_WINDOWS = (4, 16, 64)
 
 def encode_file(tokenizer: Any, text: str) -> Tensor:
     """[N] int64: the end token, which stands before a file's first token, then the text's tokens."""
-    return torch.tensor([tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids])
+    return torch.tensor([tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False).input_ids])
 
 
 def cut(ids: Tensor, context: int, stride: int) -> list[tuple[Tensor, int]]:

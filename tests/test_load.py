@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import threading
 from pathlib import Path
@@ -192,3 +193,23 @@ def test_unpatched_loaded_model_is_the_plain_one(tiny_olmoe: Path, plain: torch.
     model.save_pretrained(tmp_path / "saved")
     again = OlmoeForCausalLM.from_pretrained(tmp_path / "saved", experts_implementation="eager")
     assert torch.equal(logits(again), plain)
+
+
+def test_forked_child_is_told(tiny_olmoe: Path) -> None:
+    with moert.load(tiny_olmoe, host_memory="100%") as model:
+        logits(model)
+        read_end, write_end = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                logits(model, IDS[:, :1])
+                os.write(write_end, b"ran")
+            except moert.MoertError as error:
+                os.write(write_end, str(error).encode())
+            finally:
+                os._exit(0)
+        os.close(write_end)
+        assert os.waitpid(child, 0)[1] == 0
+        with os.fdopen(read_end) as answer:
+            assert "load the model in the process that runs it" in answer.read()
+        assert logits(model).isfinite().all()

@@ -84,7 +84,7 @@ def is_within(name: str, package: str) -> bool:
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_imports_point_one_way(name: str) -> None:
     part = part_of(name)
-    assert part in RANKS, f"{name} has no place in the layers; DESIGN.md section 1 says what they are"
+    assert part in RANKS, f"{name} belongs to no layer; give it a place in LAYERS"
     for imported in imported_names(name, MODULES[name]):
         if is_within(imported, "moert"):
             assert RANKS[part_of(imported)] <= RANKS[part], f"{name} imports {imported}, which is above it"

@@ -1,8 +1,8 @@
 """The command line: `moert run`, `verify`, `doctor` and `demo`.
 
-Nothing here imports torch before a command needs it, so that `moert --help` answers at once. A command is a function in
-a file of its own; it returns the exit code. Bad input ends in exit code 2 and one line on standard error, an interrupt in
-130 with the model closed.
+Nothing here imports torch before a command needs it, so that `moert --help` answers at once. A command is a function
+in a file of its own and returns the exit code. Bad input ends in exit code 2 and one line on standard error, an
+interrupt in 130 with the model closed.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def _run(arguments: list[str]) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_args, **_kwargs: print_warning(message)
         code = app(args=arguments or ["--help"], prog_name="moert", standalone_mode=False)
+    sys.stdout.flush()  # a reader that has gone is met here, not in the interpreter's exit
     return int(code or 0)
 
 

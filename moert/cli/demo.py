@@ -1,4 +1,4 @@
-"""`moert demo`: a small model that comes with moert, run with a quarter of its experts and checked against transformers."""
+"""`moert demo`: the small model that comes with moert, with few experts in memory, checked against transformers."""
 
 from __future__ import annotations
 
@@ -132,31 +132,18 @@ def _show_result(document: dict[str, Any], console: Console) -> None:
         verdict = Text.assemble(("✓ ", "green"), f"all {document['tokens']} identical to plain transformers")
     else:
         verdict = Text("✗ DIFFERENT from plain transformers", style="bold red")
-    console.print(
-        facts(
-            [
-                ("tokens", verdict),
-                (
-                    "experts",
-                    f"{format_bytes(resident)} of {format_bytes(experts)} in memory ({percent(resident / experts)}), "
-                    "the rest on disk",
-                ),
-                (
-                    "weights",
-                    f"{format_bytes(resident + dense)} in memory, plain transformers holds {format_bytes(experts + dense)}",
-                ),
-                (
-                    "speed",
-                    f"{rate(document['tokens_per_s'])}, plain transformers {rate(document['transformers_tokens_per_s'])}",
-                ),
-                (
-                    "hit rate",
-                    f"{percent(document['hit_rate'])}: {document['hits']:,} hits, {document['misses']:,} misses, "
-                    f"{format_bytes(document['bytes_read'])} read",
-                ),
-            ]
-        )
-    )
+    share = percent(resident / experts)
+    counts = f"{document['hits']:,} hits, {document['misses']:,} misses, {format_bytes(document['bytes_read'])} read"
+    mine, theirs = rate(document["tokens_per_s"]), rate(document["transformers_tokens_per_s"])
+    held, whole = format_bytes(resident + dense), format_bytes(experts + dense)
+    rows: list[tuple[str, str | Text]] = [
+        ("tokens", verdict),
+        ("experts", f"{format_bytes(resident)} of {format_bytes(experts)} in memory ({share}), the rest on disk"),
+        ("weights", f"{held} in memory, plain transformers holds {whole}"),
+        ("speed", f"{mine}, plain transformers {theirs}"),
+        ("hit rate", f"{percent(document['hit_rate'])}: {counts}"),
+    ]
+    console.print(facts(rows))
     console.print()
     console.print(_heat_table(document["layers"]))
     console.print()

@@ -55,7 +55,7 @@ def examine(name: str | None, options: LoadOptions) -> dict[str, Any]:
     if files:
         folder = str(Path(files[0]).parent)
         disks["checkpoint"] = {"path": folder, **probes.probe(probes.checkpoint_disk, files, record_bytes)}
-    document = {
+    document: dict[str, Any] = {
         "versions": probes.probe(probes.versions),
         "cpu": processor,
         "memory": memory,
@@ -183,14 +183,12 @@ def _device_rows(devices: dict[str, Any]) -> list[tuple[str, str | Text]]:
         return _problem("CUDA", devices)
     if not devices["devices"]:
         return [("CUDA", f"none: {devices['why']}")]
-    return [
-        (
-            "CUDA" if index == 0 else "",
-            f"{device['name']}, {format_bytes(device['free_bytes'])} free of {format_bytes(device['total_bytes'])}, "
-            f"sm_{device['capability'].replace('.', '')}",
-        )
-        for index, device in enumerate(devices["devices"])
-    ]
+    return [("CUDA" if not index else "", _device_text(device)) for index, device in enumerate(devices["devices"])]
+
+
+def _device_text(device: dict[str, Any]) -> str:
+    free, total = format_bytes(device["free_bytes"]), format_bytes(device["total_bytes"])
+    return f"{device['name']}, {free} free of {total}, sm_{device['capability'].replace('.', '')}"
 
 
 def _disk_rows(disk: dict[str, Any]) -> list[tuple[str, str | Text]]:
@@ -210,15 +208,13 @@ def _model_rows(model: dict[str, Any]) -> list[tuple[str, str | Text]]:
         word = "unknown" if model["supported"] is None else "no"
         return [*rows, ("supported", Text(f"{word}: {model['reason']}", style="yellow"))]
     default = model["default_host_bytes"]
+    sizes = ("bytes_of_one_expert", "expert_bytes", "dense_bytes")
+    one, all_, dense = (format_bytes(model[name]) for name in sizes)
     return [
         *rows,
         ("supported", Text("yes", style="green")),
         ("experts", f"{model['num_layers']} layers of {model['num_experts']}, {model['top_k']} for each token"),
-        (
-            "sizes",
-            f"one expert {format_bytes(model['bytes_of_one_expert'])}, all {format_bytes(model['expert_bytes'])}, "
-            f"everything else {format_bytes(model['dense_bytes'])} ({model['dtype']})",
-        ),
+        ("sizes", f"one expert {one}, all {all_}, everything else {dense} ({model['dtype']})"),
         ("--host-memory", f"at least {format_bytes(model['smallest_host_bytes'])}; {_default(default, model)}"),
     ]
 

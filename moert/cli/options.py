@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import os
 import re
 import tempfile
@@ -136,7 +137,7 @@ def _field_help() -> dict[str, str]:
     assert isinstance(tree.body[0], ast.ClassDef)
     body = tree.body[0].body
     texts = dict.fromkeys((field.name for field in fields(OffloadConfig)), "")
-    for statement, follower in zip(body, body[1:], strict=False):
+    for statement, follower in itertools.pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             described = isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant)
             if described and statement.target.id in texts:

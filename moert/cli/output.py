@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
-    ProgressBar,
     SpinnerColumn,
     Task,
     TaskID,
@@ -22,6 +21,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -135,10 +135,16 @@ def short_names(names: Sequence[str]) -> list[str]:
     parts = [name.split(".") for name in names]
     if len(parts) < 2:
         return list(names)
-    front = len(os.path.commonprefix(parts))
-    back = len(os.path.commonprefix([list(reversed(part[front:])) for part in parts]))
+    front = _common(parts)
+    back = _common([part[: front - 1 : -1] if front else part[::-1] for part in parts])
     short = [".".join(part[front : len(part) - back]) for part in parts]
     return short if all(short) and len(set(short)) == len(short) else list(names)
+
+
+def _common(lists: Sequence[Sequence[str]]) -> int:
+    """How many first items all lists share."""
+    columns = zip(*lists, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def heat(share: float, width: int) -> Text:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import warnings
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from moert.cli.comparison import EXACT, FLOAT32, SIXTEEN_BIT, Reference, Trace, compare
 from moert.cli.opening import open_tokenizer, opened, opened_plain
 from moert.cli.options import Json, LoadOptions, Model, resolve_model, with_load_options
 from moert.cli.output import bar, facts, percent, print_json, stdout
@@ -18,46 +19,12 @@ from moert.config import format_bytes
 from moert.errors import CapacityError, ConfigError
 from moert.tiers.memory import available_bytes
 
-if TYPE_CHECKING:
-    import torch
-
 PROMPT = "The first rule of caching is that what was used last will be used again, because"
 REFERENCES = ("transformers", "resident")
 
 # transformers converts a layer's experts at a time while it loads, beside the weights themselves.
 _LOADING_SHARE = 1.1
 _HEAD_ROOM_BYTES = 512 << 20
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far the logits may be apart, as a share of the largest of them, and why that far."""
-
-    share: float
-    reason: str
-
-
-EXACT = Tolerance(0.0, "the same kernels on the same weights: every bit must agree")
-FLOAT32 = Tolerance(1e-5, "float32 keeps 24 bits; sums in another order differ in the last few")
-SIXTEEN_BIT = Tolerance(2**-6, "four roundings of bfloat16, 2^-8 each; float16 rounds more finely")
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the offloaded run is held against."""
-
-    kind: Literal["transformers", "resident", "moert"]
-    description: str
-    tolerance: Tolerance
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One greedy run: its tokens, the logits behind each, and the experts that each forward of each layer picked."""
-
-    token_ids: list[int]
-    logits: torch.Tensor
-    picks: dict[str, list[torch.Tensor]]
 
 
 @with_load_options()
@@ -133,7 +100,7 @@ def _choose_reference(model: Any, asked: str | None, options: LoadOptions) -> tu
     lack = f"transformers needs {format_bytes(needed)} for the whole model, {format_bytes(room)} are available"
     if asked == "transformers":
         raise CapacityError(f"{lack}; use --reference resident, or leave --reference out")
-    share = _other_share(model, stats.resident_bytes)
+    share = _other_share(model)
     warnings.warn(f"{lack}; comparing with moert at another budget instead", RuntimeWarning, stacklevel=2)
     other = replace(options, offload=replace(options.offload, host_memory=f"{share}%"))
     return Reference("moert", f"moert with {share} % of the experts ({lack})", EXACT), other
@@ -145,13 +112,13 @@ def _plain_reference(model: Any) -> Reference:
     return Reference("transformers", "transformers, its eager experts, their outputs added in float32", SIXTEEN_BIT)
 
 
-def _other_share(model: Any, resident_bytes: int) -> int:
+def _other_share(model: Any) -> int:
     """A share of the experts, in percent, that one token can run with and that differs from the one in use."""
     from moert.hf.model import runtime_of
 
-    specs = [layer.spec for layer in runtime_of(model).layers]
-    least = max(-(-100 * spec.top_k // spec.num_experts) for spec in specs)
-    in_use = 100 * resident_bytes / sum(spec.num_experts * spec.expert_bytes for spec in specs)
+    layers = runtime_of(model).layers
+    least = max(-(-100 * layer.spec.top_k // layer.spec.num_experts) for layer in layers)
+    in_use = max(100 * layer.residency.capacity / layer.spec.num_experts for layer in layers)
     return least if in_use > 1.5 * least else min(100, 2 * least)
 
 
@@ -185,72 +152,6 @@ def _trace(model: Any, tokenizer: Any, inputs: dict[str, Any], max_new_tokens: i
         )
     assert made.logits is not None
     return Trace(made.token_ids, made.logits, recorder.picks)
-
-
-def compare(mine: Trace, theirs: Trace, reference: Reference, tokenizer: Any) -> dict[str, Any]:
-    """What two runs of one prompt have in common.
-
-    After the first token that differs the two have different texts before them, so logits and routing are compared up
-    to and including the forward that chose it.
-    """
-    pairs = list(zip(mine.token_ids, theirs.token_ids, strict=False))
-    shared = next((step for step, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    identical_tokens = mine.token_ids == theirs.token_ids
-    forwards = min(shared + 1, len(mine.logits), len(theirs.logits))
-    error = float((mine.logits[:forwards] - theirs.logits[:forwards]).abs().max())
-    largest = float(theirs.logits[:forwards].abs().max())
-    picks, differing, first_layer = _compare_routing(mine, theirs, forwards)
-    tolerance = reference.tolerance
-    within = error <= tolerance.share * largest  # false for NaN too
-    first_difference: dict[str, Any] | None = None
-    if not identical_tokens:
-        first_difference = _difference(mine, theirs, shared, tokenizer)
-    return {
-        "reference": reference.kind,
-        "reference_description": reference.description,
-        "tokens_compared": len(pairs),
-        "identical_tokens": identical_tokens,
-        "identical_routing": not differing,
-        "picks_compared": picks,
-        "picks_differing": differing,
-        "first_layer_differing": first_layer,
-        "max_abs_logit_error": error,
-        "max_abs_logit": largest,
-        "tolerance": tolerance.share,
-        "tolerance_reason": tolerance.reason,
-        "within_tolerance": within,
-        "first_difference": first_difference,
-        "passed": identical_tokens and not differing and within,
-    }
-
-
-def _compare_routing(mine: Trace, theirs: Trace, forwards: int) -> tuple[int, int, str | None]:
-    """(picks compared, picks that only one of the two made, the first layer with one)."""
-    picks, differing, first = 0, 0, None
-    for path, calls in theirs.picks.items():
-        for expected, found in zip(calls[:forwards], mine.picks.get(path, [])[:forwards], strict=False):
-            picks += expected.numel()
-            here = int((expected != found).sum()) if expected.shape == found.shape else expected.numel()
-            differing += here
-            first = first or (path if here else None)
-    return picks, differing, first
-
-
-def _difference(mine: Trace, theirs: Trace, step: int, tokenizer: Any) -> dict[str, Any]:
-    """The first token that differs, and by how much the reference preferred its own; None where one run just ended."""
-    tokens = [run.token_ids[step] if step < len(run.token_ids) else None for run in (mine, theirs)]
-    found, expected = tokens
-    margin = None
-    if found is not None and expected is not None:
-        margin = float(theirs.logits[step, expected] - theirs.logits[step, found])
-    return {
-        "step": step,
-        "token": found,
-        "text": None if found is None else tokenizer.decode([found]),
-        "reference_token": expected,
-        "reference_text": None if expected is None else tokenizer.decode([expected]),
-        "reference_margin": margin,
-    }
 
 
 def _print(result: dict[str, Any], console: Console) -> None:
@@ -302,7 +203,8 @@ def _difference_text(result: dict[str, Any]) -> str:
         if first["reference_margin"] is None
         else f", which the reference preferred by {first['reference_margin']:.3g}"
     )
-    return f"differ from token {first['step'] + 1} of {result['tokens_compared']} on: {found} instead of {expected}{margin}"
+    where = f"differ from token {first['step'] + 1} of {result['tokens_compared']} on"
+    return f"{where}: {found} instead of {expected}{margin}"
 
 
 def _advice(result: dict[str, Any]) -> str:

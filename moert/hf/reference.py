@@ -31,8 +31,8 @@ def load_plain(path_or_id: str, *, experts_implementation: str | None = None, **
 def sum_in_fp32(model: nn.Module) -> bool:
     """Have a plain model's experts run one at a time by their own eager code, their outputs added in fp32.
 
-    transformers' eager loop adds them in the model's dtype and its grouped kernel rounds each weighted output to it, so
-    in bf16 and fp16 the two already differ from each other; this takes those roundings out and leaves the rest as it is.
+    transformers' eager loop adds them in the model's dtype and its grouped kernel rounds each weighted output to it,
+    so in bf16 and fp16 the two differ from each other; this takes those roundings out and leaves the rest as it is.
 
     Returns:
         Whether it was done: not for experts classes that are called in a way of their own.

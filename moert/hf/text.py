@@ -92,7 +92,7 @@ def encode(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> dict[str
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
-class _Watcher(TextStreamer):  # type: ignore[misc]
+class _Watcher(TextStreamer):
     """Notes when tokens come, and passes text on as soon as it forms words."""
 
     def __init__(

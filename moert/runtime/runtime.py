@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -195,6 +196,12 @@ class OffloadRuntime:
     def _check_open(self) -> None:
         if self._closed is not None:
             raise MoertError(self._closed)
+        if self._arena is not None and self._arena.closed:
+            # Neither the slots' contents nor the reader's threads come along into a forked child.
+            raise MoertError(
+                f"this model's experts belong to the process that loaded it, and this is a fork of it (pid {os.getpid()}); "
+                "load the model in the process that runs it"
+            )
 
     def close(self, why: str = "this model's experts were closed; load or patch the model again") -> None:
         """Stop the threads, close the files and free the memory; waits for reads in flight. Idempotent."""

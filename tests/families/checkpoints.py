@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 from .models import build, expert_bytes, greedy_tokens, inputs_for, logits, silent_experts, use_eager_experts
 from .names import model_class
@@ -21,7 +20,7 @@ class Specimen:
 
     family: str
     path: Path
-    model: PreTrainedModel
+    model: Any
     inputs: dict[str, Any]
     logits: torch.Tensor
     """[2, 12, vocabulary], fp32."""
@@ -61,7 +60,7 @@ class Zoo:
             )
         return self._specimens[key]
 
-    def fresh(self, family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    def fresh(self, family: str, dtype: torch.dtype = torch.float32) -> Any:
         """The family's checkpoint loaded anew by transformers, for a test that changes the model."""
         return plain_load(family, self.specimen(family, dtype).path, dtype)
 
@@ -72,14 +71,14 @@ def zoo_at(root: Path) -> Zoo:
     return Zoo(root)
 
 
-def plain_load(family: str, path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def plain_load(family: str, path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """What transformers alone loads from the checkpoint, in eval mode with eager experts."""
-    model: PreTrainedModel = model_class(family).from_pretrained(path, dtype=dtype).eval()
+    model = model_class(family).from_pretrained(path, dtype=dtype).eval()
     use_eager_experts(model)
     return model
 
 
-def save(model: PreTrainedModel, path: Path, *, fused: bool = False, shard_bytes: int | None = None) -> None:
+def save(model: Any, path: Path, *, fused: bool = False, shard_bytes: int | None = None) -> None:
     """Write the model under hub names; `fused` writes transformers' own, with all experts of a layer in one tensor.
 
     Args:

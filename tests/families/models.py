@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from .configs import tiny_config
 from .names import OUTSIDE_EXPERTS_CLASSES, model_class
@@ -18,7 +18,7 @@ PROMPT_TOKENS = 12
 BATCH = 2
 
 
-def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def experts_modules(model: nn.Module) -> list[tuple[str, Any]]:
     """Every module holding routed experts, with its path: those of the hook, and those of the families outside it."""
     outside = set(OUTSIDE_EXPERTS_CLASSES.values())
     return [(name, m) for name, m in model.named_modules() if _follows_hook(m) or type(m).__name__ in outside]
@@ -30,7 +30,7 @@ def _follows_hook(module: nn.Module) -> bool:
     )
 
 
-def stacked_parameters(experts: nn.Module) -> dict[str, nn.Parameter]:
+def stacked_parameters(experts: Any) -> dict[str, nn.Parameter]:
     """The experts' own weights by name; what every expert shares (such as a norm after them) is left out."""
     named = dict(experts.named_parameters())
     if _follows_hook(experts):
@@ -57,7 +57,7 @@ def expert_bytes(model: nn.Module) -> int:
 
 def build(
     family: str, seed: int = 0, dtype: torch.dtype = torch.float32, config: PreTrainedConfig | None = None
-) -> PreTrainedModel:
+) -> Any:
     """A tiny model of the family in eval mode: the same weights for the same seed, experts run by the eager code.
 
     Args:
@@ -68,20 +68,20 @@ def build(
     """
     torch.manual_seed(seed)
     # Built in the dtype rather than cast to it: a class may keep some of its modules in fp32.
-    model: PreTrainedModel = model_class(family)._from_config(config or tiny_config(family), dtype=dtype).eval()
+    model = model_class(family)._from_config(config or tiny_config(family), dtype=dtype).eval()
     use_eager_experts(model)
     _fill(model, torch.Generator().manual_seed(seed + 1))
     return model
 
 
-def use_eager_experts(model: PreTrainedModel) -> None:
+def use_eager_experts(model: Any) -> None:
     """Have the model's own loop over experts run, in place of transformers' batched or grouped ones."""
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
 
 
 @torch.no_grad()
-def _fill(model: PreTrainedModel, generator: torch.Generator) -> None:
+def _fill(model: nn.Module, generator: torch.Generator) -> None:
     in_experts = {id(weight) for _, module in experts_modules(model) for weight in stacked_parameters(module).values()}
     experts = max((getattr(m, "num_experts", 0) for _, m in experts_modules(model)), default=0)
 
@@ -110,7 +110,7 @@ def _fill(model: PreTrainedModel, generator: torch.Generator) -> None:
             buffer.copy_(torch.stack(rows))
 
 
-def inputs_for(family: str, model: PreTrainedModel, seed: int = 7) -> dict[str, Any]:
+def inputs_for(family: str, model: Any, seed: int = 7) -> dict[str, Any]:
     """Keyword arguments of a forward: two prompts of 12 tokens, and what the family's experts need to all run."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 90, (BATCH, PROMPT_TOKENS), generator=generator)
@@ -134,7 +134,7 @@ def inputs_for(family: str, model: PreTrainedModel, seed: int = 7) -> dict[str, 
     return inputs
 
 
-def _picture(model: PreTrainedModel, ids: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def _picture(model: Any, ids: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """A picture of 4 by 4 patches, merged two by two into 4 tokens of the first prompt, for towers with experts."""
     vision = model.config.vision_config
     ids[0, 3:7] = model.config.image_token_id
@@ -146,7 +146,7 @@ def _picture(model: PreTrainedModel, ids: torch.Tensor, generator: torch.Generat
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
+def logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """The scores of one forward, in fp32: [2, 12, vocabulary] (or labels, where the class classifies tokens)."""
     if hasattr(model, "talker"):
         # Qwen3-Omni as a whole has no forward: its two halves side by side.
@@ -157,7 +157,7 @@ def logits(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
     return scores.float()
 
 
-def greedy_tokens(model: PreTrainedModel, inputs: dict[str, Any], n: int = 8) -> torch.Tensor:
+def greedy_tokens(model: Any, inputs: dict[str, Any], n: int = 8) -> torch.Tensor:
     """The next `n` tokens by `generate`, [2, n]; the best label of each token where the class cannot generate."""
     if not model.can_generate():
         return logits(model, inputs).argmax(-1)

@@ -52,6 +52,28 @@ UNSUPPORTED_FAMILIES: tuple[str, ...] = tuple(
 SUPPORTED_FAMILIES: tuple[str, ...] = HOOK_FAMILIES + WRAPPER_FAMILIES + ADAPTER_FAMILIES
 FAMILIES: tuple[str, ...] = SUPPORTED_FAMILIES + UNSUPPORTED_FAMILIES
 
+LAYOUT_FAMILIES: tuple[str, ...] = tuple(
+    family
+    for family in (
+        "dbrx",
+        "deepseek_v3",
+        "ernie4_5_vl_moe",
+        "gpt_oss",
+        "granitemoe",
+        "inkling2",
+        "jamba",
+        "longcat_flash",
+        "minimax_m3_vl+vl",
+        "mixtral",
+        "nemotron_h",
+        "qwen3_moe",
+        "qwen3_vl_moe",
+        "step3p7",
+    )
+    if family in FAMILIES
+)
+"""A family of each kind of checkpoint layout and of experts, for tests too long to run on all."""
+
 # The class tested where it is not the folder's own <X>ForCausalLM or <X>ForConditionalGeneration.
 _HEAD_CLASSES = {
     "aria": "AriaTextForCausalLM",

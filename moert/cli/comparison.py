@@ -1,0 +1,106 @@
+"""Two runs of one prompt, token by token: what they have in common and where they part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far the logits may be apart, as a share of the largest of them, and why that far."""
+
+    share: float
+    reason: str
+
+
+EXACT = Tolerance(0.0, "the same kernels on the same weights: every bit must agree")
+FLOAT32 = Tolerance(1e-5, "float32 keeps 24 bits; sums in another order differ in the last few")
+SIXTEEN_BIT = Tolerance(2**-6, "four roundings of bfloat16, 2^-8 each; float16 rounds more finely")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the offloaded run is held against."""
+
+    kind: Literal["transformers", "resident", "moert"]
+    description: str
+    tolerance: Tolerance
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One greedy run: its tokens, the logits behind each, and the experts that each forward of each layer picked."""
+
+    token_ids: list[int]
+    logits: torch.Tensor
+    picks: dict[str, list[torch.Tensor]]
+
+
+def compare(mine: Trace, theirs: Trace, reference: Reference, tokenizer: Any) -> dict[str, Any]:
+    """What two runs of one prompt have in common.
+
+    After the first token that differs the two have different texts before them, so logits and routing are compared up
+    to and including the forward that chose it.
+    """
+    pairs = list(zip(mine.token_ids, theirs.token_ids, strict=False))
+    shared = next((step for step, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    identical_tokens = mine.token_ids == theirs.token_ids
+    forwards = min(shared + 1, len(mine.logits), len(theirs.logits))
+    error = float((mine.logits[:forwards] - theirs.logits[:forwards]).abs().max())
+    largest = float(theirs.logits[:forwards].abs().max())
+    picks, differing, first_layer = _compare_routing(mine, theirs, forwards)
+    tolerance = reference.tolerance
+    within = error <= tolerance.share * largest  # false for NaN too
+    first_difference: dict[str, Any] | None = None
+    if not identical_tokens:
+        first_difference = _difference(mine, theirs, shared, tokenizer)
+    return {
+        "reference": reference.kind,
+        "reference_description": reference.description,
+        "tokens_compared": len(pairs),
+        "identical_tokens": identical_tokens,
+        "identical_routing": not differing,
+        "picks_compared": picks,
+        "picks_differing": differing,
+        "first_layer_differing": first_layer,
+        "max_abs_logit_error": error,
+        "max_abs_logit": largest,
+        "tolerance": tolerance.share,
+        "tolerance_reason": tolerance.reason,
+        "within_tolerance": within,
+        "first_difference": first_difference,
+        "passed": identical_tokens and not differing and within,
+    }
+
+
+def _compare_routing(mine: Trace, theirs: Trace, forwards: int) -> tuple[int, int, str | None]:
+    """(picks compared, picks that only one of the two made, the first layer with one)."""
+    picks, differing, first = 0, 0, None
+    for path, calls in theirs.picks.items():
+        for expected, found in zip(calls[:forwards], mine.picks.get(path, [])[:forwards], strict=False):
+            picks += expected.numel()
+            here = int((expected != found).sum()) if expected.shape == found.shape else expected.numel()
+            differing += here
+            first = first or (path if here else None)
+    return picks, differing, first
+
+
+def _difference(mine: Trace, theirs: Trace, step: int, tokenizer: Any) -> dict[str, Any]:
+    """The first token that differs, and by how much the reference preferred its own; None where one run just ended."""
+    tokens = [run.token_ids[step] if step < len(run.token_ids) else None for run in (mine, theirs)]
+    found, expected = tokens
+    margin = None
+    if found is not None and expected is not None:
+        margin = float(theirs.logits[step, expected] - theirs.logits[step, found])
+    return {
+        "step": step,
+        "token": found,
+        "text": None if found is None else tokenizer.decode([found]),
+        "reference_token": expected,
+        "reference_text": None if expected is None else tokenizer.decode([expected]),
+        "reference_margin": margin,
+    }

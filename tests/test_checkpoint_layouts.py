@@ -1,0 +1,85 @@
+"""The ways in which one family's checkpoints differ on disk: fused or not, in shards, transposed, many experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import (
+    LAYOUT_FAMILIES,
+    Specimen,
+    Zoo,
+    build,
+    experts_modules,
+    inputs_for,
+    logits,
+    plain_load,
+    save,
+    tiny_config,
+    transpose_fused_experts,
+    zoo_at,
+)
+from families.checks import (
+    RELATIVE_TOLERANCE,
+    assert_dense_weights_loaded,
+    assert_offloaded,
+    relative_error,
+)
+
+import moert
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return zoo_at(tmp_path_factory.getbasetemp() / "families")
+
+
+def load_and_compare(path: Path, specimen: Specimen) -> None:
+    reference = plain_load(specimen.family, path)
+    expected = logits(reference, specimen.inputs)
+    model = moert.load(path, host_memory="25%", dtype=torch.float32)
+    try:
+        assert_dense_weights_loaded(model, specimen)
+        assert relative_error(logits(model, specimen.inputs), expected) <= RELATIVE_TOLERANCE
+        assert_offloaded(model, specimen, share=0.25)
+    finally:
+        moert.close(model)
+
+
+@pytest.mark.parametrize("family", LAYOUT_FAMILIES)
+def test_load_reads_fused_names(family: str, zoo: Zoo, tmp_path: Path) -> None:
+    specimen = zoo.specimen(family)
+    save(specimen.model, tmp_path, fused=True)
+    load_and_compare(tmp_path, specimen)
+
+
+@pytest.mark.parametrize("family", LAYOUT_FAMILIES)
+def test_load_reads_shards(family: str, zoo: Zoo, tmp_path: Path) -> None:
+    specimen = zoo.specimen(family)
+    save(specimen.model, tmp_path, shard_bytes=100_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    load_and_compare(tmp_path, specimen)
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 100_000])
+def test_load_reads_fused_experts_stored_transposed(shard_bytes: int | None, zoo: Zoo, tmp_path: Path) -> None:
+    specimen = zoo.specimen("qwen3_vl_moe")
+    save(specimen.model, tmp_path, shard_bytes=shard_bytes)
+    transpose_fused_experts(tmp_path)
+    load_and_compare(tmp_path, specimen)
+
+
+@pytest.mark.parametrize(("family", "field"), [("qwen3_moe", "num_experts"), ("ernie4_5_vl_moe", "moe_num_experts")])
+def test_load_takes_expert_2_before_expert_10(family: str, field: str, tmp_path: Path) -> None:
+    config = tiny_config(family)
+    setattr(config.get_text_config(), field, 12)
+    made = build(family, config=config)
+    assert {module.num_experts for _, module in experts_modules(made)} == {12}
+    save(made, tmp_path)
+    inputs = inputs_for(family, made)
+    model = moert.load(tmp_path, host_memory="25%", dtype=torch.float32)
+    try:
+        assert relative_error(logits(model, inputs), logits(made, inputs)) <= RELATIVE_TOLERANCE
+    finally:
+        moert.close(model)
