@@ -124,10 +124,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def plain_tokens(folder: Path, prompt: str, n: int, **options: Any) -> list[int]:
-    """The `n` greedy tokens that plain transformers puts after `prompt`."""
-    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager", **options).eval()
+    """The `n` greedy tokens that plain transformers puts after `prompt`; `options` are those of `generate`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
     inputs = tokenizer()(prompt, return_tensors="pt")
     ids = inputs["input_ids"]
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, pad_token_id=0)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, pad_token_id=0, **options
+    )
     tokens: list[int] = out[0, ids.shape[1] :].tolist()
     return tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,12 @@ from families import (
     zoo_at,
 )
 from families.checks import (
+    BF16_TOLERANCE,
     RELATIVE_TOLERANCE,
     assert_dense_weights_loaded,
     assert_offloaded,
+    calls_of,
+    experts_paths,
     relative_error,
 )
 
@@ -81,5 +85,39 @@ def test_load_takes_expert_2_before_expert_10(family: str, field: str, tmp_path:
     model = moert.load(tmp_path, host_memory="25%", dtype=torch.float32)
     try:
         assert relative_error(logits(model, inputs), logits(made, inputs)) <= RELATIVE_TOLERANCE
+    finally:
+        moert.close(model)
+
+
+@pytest.mark.parametrize("family", LAYOUT_FAMILIES)
+@pytest.mark.parametrize(
+    ("stored", "asked"), [("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float32")]
+)
+def test_load_casts_experts_to_the_dtype_asked_for(family: str, stored: str, asked: str, zoo: Zoo) -> None:
+    path = zoo.specimen(family, getattr(torch, stored)).path
+    reference = plain_load(family, path, getattr(torch, asked))
+    inputs = inputs_for(family, reference)
+    model = moert.load(path, host_memory="25%", dtype=asked)
+    try:
+        tolerance = RELATIVE_TOLERANCE if asked == "float32" else BF16_TOLERANCE
+        for name, call in calls_of(reference, inputs, experts_paths(reference)).items():
+            with torch.no_grad():
+                found = model.get_submodule(name)(*call.arguments)
+            assert found.dtype == call.output.dtype
+            assert relative_error(found.float(), call.output.float()) <= tolerance
+    finally:
+        moert.close(model)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"dtype": "auto"}], ids=["no dtype", "auto"])
+def test_load_keeps_the_dtype_of_the_checkpoint(stored: torch.dtype, options: dict[str, Any], zoo: Zoo) -> None:
+    specimen = zoo.specimen("qwen3_moe", stored)
+    model = moert.load(specimen.path, host_memory="25%", **options)
+    try:
+        assert model.dtype == stored
+        assert_dense_weights_loaded(model, specimen)
+        assert moert.stats(model).as_dict()["expert_bytes"] == specimen.expert_bytes
+        assert logits(model, specimen.inputs).isfinite().all()
     finally:
         moert.close(model)

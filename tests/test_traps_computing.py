@@ -85,7 +85,7 @@ def test_own_gates_are_those_known(zoo: Zoo) -> None:
         experts = experts_modules(zoo.specimen(family).model)[0][1]
         if type(experts)._apply_gate.__name__ != "_default_apply_gate":
             found.append(family)
-    assert set(OWN_GATE_FAMILIES) <= set(found)
+    assert set(OWN_GATE_FAMILIES) & set(HOOK_FAMILIES) <= set(found)
 
 
 @pytest.mark.parametrize("family", OWN_GATE_FAMILIES)
@@ -269,3 +269,19 @@ def test_models_side_by_side_keep_their_experts_apart(zoo: Zoo, load: Loader, tm
     assert_same_logits(one, specimen)
     assert relative_error(logits(two, specimen.inputs), expected) <= RELATIVE_TOLERANCE
     assert_same_logits(one, specimen)
+
+
+# transformers' own ways to run experts have no say over those that are elsewhere.
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_choosing_an_experts_implementation_changes_nothing(implementation: str, zoo: Zoo, load: Loader) -> None:
+    specimen = zoo.specimen("qwen3_moe")
+    asked = load("qwen3_moe", experts_implementation=implementation)
+    assert_same_logits(asked, specimen)
+    told = load("qwen3_moe")
+    told.set_experts_implementation(implementation)
+    assert_same_logits(told, specimen)
+    patched = moert.patch(zoo.fresh("qwen3_moe"), host_memory="25%")
+    patched.set_experts_implementation(implementation)
+    assert_same_logits(patched, specimen)

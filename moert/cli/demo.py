@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
 from typing import Annotated, Any
@@ -17,13 +18,18 @@ from moert.cli.options import Json, LoadOptions, demo_folder, resolve_model, wit
 from moert.cli.output import bar, facts, heat, percent, print_json, rate, stdout
 from moert.config import format_bytes
 
-PROMPT = '''def read_config(path):
-    """Read a configuration file and return a dictionary."""
-'''
+PROMPT = """class Cache:
+    def __init__(self, maxsize):
+        self.maxsize = maxsize
+        self.data = {}
+
+    def get(self, key"""
+# A model this small repeats itself without one.
+_REPETITION_PENALTY = 1.2
 TRY_NEXT = (
-    ('moert run demo "class Stack:" --host-memory 25%', "your own prompt"),
-    ("moert verify demo --host-memory 25%", "every logit, side by side"),
-    ("moert doctor", "what moert uses here"),
+    ('moert run demo "def main(" --host-memory 25% --temperature .8', "your prompt"),
+    ("moert verify demo --host-memory 25%", "every logit"),
+    ("moert doctor", "this machine"),
 )
 _MARGIN = "  "
 _BAR_COLUMNS = 40
@@ -51,19 +57,21 @@ def demo(
     from moert.hf.text import encode, generate
 
     inputs = encode(tokenizer, prompt, chat=False)
-    with opened(name, options) as loaded:
-        document = _describe(loaded.model, prompt)
-        show = None if json else _show_beginning(document, console)
-        mine = generate(loaded.model, tokenizer, inputs, max_new_tokens=max_new_tokens, on_text=show)
-        document.update(_counts(loaded.model))
-    if not json:
-        console.print("\n")
-    del loaded
-    with (
-        opened_plain(name, options, experts_implementation=None) as plain,
-        bar("the same with plain transformers", max_new_tokens) as progress,
-    ):
-        theirs = generate(plain.model, tokenizer, inputs, max_new_tokens=max_new_tokens, on_token=progress.advance)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "repetition_penalty": _REPETITION_PENALTY}
+    with _one_thread():
+        with opened(name, options) as loaded:
+            document = _describe(loaded.model, prompt)
+            show = None if json else _show_beginning(document, console)
+            mine = generate(loaded.model, tokenizer, inputs, on_text=show, **how)
+            document.update(_counts(loaded.model))
+        if not json:
+            console.print("\n")
+        del loaded
+        with (
+            opened_plain(name, options, experts_implementation=None) as plain,
+            bar("the same with plain transformers", max_new_tokens) as progress,
+        ):
+            theirs = generate(plain.model, tokenizer, inputs, on_token=progress.advance, **how)
     identical = mine.token_ids == theirs.token_ids
     document.update(
         text=mine.text,
@@ -81,6 +89,19 @@ def demo(
     else:
         _show_result(document, console)
     return 0 if identical else 1
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have torch compute on one core: matrices this small are slower on several."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _describe(model: Any, prompt: str) -> dict[str, Any]:

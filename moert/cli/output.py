@@ -150,7 +150,7 @@ def _common(lists: Sequence[Sequence[str]]) -> int:
 def heat(share: float, width: int) -> Text:
     """A bar of `width` columns of which `share` is filled; its length tells the share, and so does its colour."""
     filled = round(share * width)
-    colour = HEAT[min(len(HEAT) - 1, max(0, int((share - 0.5) / 0.5 * len(HEAT))))]
+    colour = HEAT[min(len(HEAT) - 1, int(share * len(HEAT)))]
     return Text.assemble(("█" * filled, colour), ("░" * (width - filled), "bright_black"))
 
 

@@ -122,6 +122,7 @@ def generate(
     *,
     max_new_tokens: int,
     sampling: Sampling | None = None,
+    repetition_penalty: float | None = None,
     keep_logits: bool = False,
     on_text: Callable[[str], None] | None = None,
     on_token: Callable[[], None] | None = None,
@@ -131,6 +132,7 @@ def generate(
     Args:
         inputs: as `encode` makes them.
         sampling: None takes the likeliest token each time.
+        repetition_penalty: above 1 makes tokens that are there already less likely; None: as the model has it.
         keep_logits: return every step's logits; costs 4 bytes a token and vocabulary entry.
         on_text: called with each piece of text as it becomes certain.
         on_token: called for each new token.
@@ -145,6 +147,8 @@ def generate(
         numbers = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         options = {"do_sample": True, **{name: value for name, value in numbers.items() if value is not None}}
         torch.manual_seed(sampling.seed)
+    if repetition_penalty is not None:
+        options["repetition_penalty"] = repetition_penalty
     watcher = _Watcher(tokenizer, on_text, on_token)
     began = perf_counter()
     output = model.generate(

@@ -199,7 +199,7 @@ class OffloadRuntime:
         if self._arena is not None and self._arena.closed:
             # Neither the slots' contents nor the reader's threads come along into a forked child.
             raise MoertError(
-                f"this model's experts belong to the process that loaded it, and this is a fork of it (pid {os.getpid()}); "
+                f"this model's experts belong to the process that loaded it, and this is a fork of it ({os.getpid()}); "
                 "load the model in the process that runs it"
             )
 

@@ -48,7 +48,11 @@ def calls_of(model: Any, inputs: dict[str, Any], paths: Iterable[str]) -> dict[s
     calls: dict[str, Call] = {}
 
     def record(path: str) -> Any:
-        return lambda _module, arguments, output: calls.update({path: Call(*arguments, output=output)})
+        def note(_module: nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            hidden, ids, weights = arguments
+            calls[path] = Call(hidden, ids, weights, output)
+
+        return note
 
     hooks = [model.get_submodule(path).register_forward_hook(record(path)) for path in paths]
     logits(model, inputs)
