@@ -123,9 +123,10 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
 
+    of_system = {name: [one for one in outcomes if one.system == name] for name in chosen}
+    hf_tokens = next((one.run.tokens for one in of_system.get("hf", []) if one.run), None)
     rows = [
-        summarise(name, [one for one in outcomes if one.system == name], speed=verdict.green or name != "moert")
-        for name in chosen
+        summarise(name, of_system[name], speed=verdict.green or name != "moert", reference=hf_tokens) for name in chosen
     ]
     speeds = [disk.bytes_per_s for one in done for disk in (one.disk_before, one.disk_after)]
     direct = all(disk.direct for one in done for disk in (one.disk_before, one.disk_after))

@@ -21,8 +21,19 @@ def _median(runs: list[Run], value: Callable[[Run], float]) -> float:
     return statistics.median(value(run) for run in runs)
 
 
-def summarise(system: str, outcomes: list[Outcome], *, speed: bool) -> dict[str, Any]:
-    """Medians over the rounds of one system; no speeds where `speed` is false (its parity check failed)."""
+def agreement(tokens: list[int], reference: list[int]) -> str:
+    """How many tokens two runs have in common before they part."""
+    common = next((n for n, pair in enumerate(zip(tokens, reference, strict=False)) if pair[0] != pair[1]), len(tokens))
+    return f"{common} of {len(tokens)}"
+
+
+def summarise(
+    system: str, outcomes: list[Outcome], *, speed: bool, reference: list[int] | None = None
+) -> dict[str, Any]:
+    """Medians over the rounds of one system; no speeds where `speed` is false (its parity check failed).
+
+    `reference` are the tokens of hf, where it ran.
+    """
     runs = [outcome.run for outcome in outcomes if outcome.run is not None]
     peaks = [outcome.group_peak_bytes for outcome in outcomes if outcome.group_peak_bytes is not None]
     row: dict[str, Any] = {
@@ -41,6 +52,7 @@ def summarise(system: str, outcomes: list[Outcome], *, speed: bool) -> dict[str,
         "disk_bytes_per_token": _median(runs, lambda run: run.decode_read_bytes / steps),
         "cpu_s_per_token": _median(runs, lambda run: run.decode_cpu_s / steps),
         "cpu_s": _median(runs, lambda run: run.cpu_s),
+        "tokens_as_hf": None if reference is None else agreement(runs[0].tokens, reference),
     }
     if runs[0].stats:
         row["moert_bytes_per_token"] = _median(runs, lambda run: run.stats["bytes_read"] / steps)
@@ -74,12 +86,13 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     add("first token after", "first_token_s", "{:.2f} s".format)
     add("loaded in", "load_s", "{:.1f} s".format)
     add("read a token", "disk_bytes_per_token", format_bytes)
-    add("share of the disk's limit", "share_of_disk_limit", "{:.0%}".format)
+    add("of the disk's limit", "share_of_disk_limit", "{:.0%}".format)
     add("hits", "hit_rate", "{:.1%}".format)
     add("stall a token", "stall_s_per_token", "{:.3f} s".format)
     add("CPU a token", "cpu_s_per_token", "{:.3f} s".format)
     add("peak RSS", "peak_rss_bytes", format_bytes)
-    add("peak with page cache", "group_peak_bytes", format_bytes)
+    add("with page cache", "group_peak_bytes", format_bytes)
+    add("first tokens as hf's", "tokens_as_hf", str)
     add("killed for memory", "oom_kills", str)
     result.add_row("remarks", *(row["error"] or row.get("detail", "") for row in rows))
     return result

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "cpu.h"
+#include "linear.h"
 #include "memory.h"
 
 namespace {
@@ -115,6 +116,50 @@ PyObject* stream_read(PyObject*, PyObject* args) {
     return PyFloat_FromDouble(seconds);
 }
 
+PyObject* linear(PyObject*, PyObject* args) {
+    PyObject *weight_object, *x_object, *y_object, *t_object, *n_object, *k_object;
+    int is_fp16;
+    if (!PyArg_ParseTuple(args, "pOOOOOO:linear", &is_fp16, &weight_object, &x_object, &y_object, &t_object, &n_object,
+                          &k_object)) {
+        return nullptr;
+    }
+    uint64_t weight, x, y, t, n, k;
+    constexpr uint64_t kMaxSize = 1u << 24;
+    if (!as_unsigned(weight_object, "weight", UINTPTR_MAX, &weight) || !as_unsigned(x_object, "x", UINTPTR_MAX, &x) ||
+        !as_unsigned(y_object, "y", UINTPTR_MAX, &y) || !as_unsigned(t_object, "t", kMaxSize, &t) ||
+        !as_unsigned(n_object, "n", kMaxSize, &n) || !as_unsigned(k_object, "k", kMaxSize, &k)) {
+        return nullptr;
+    }
+    if (t == 0 || n == 0) Py_RETURN_NONE;
+    if (weight == 0 || x == 0 || y == 0 || weight % 2 != 0 || x % 4 != 0 || y % 4 != 0) {
+        PyErr_Format(PyExc_ValueError, "addresses %R, %R, %R: null, or not multiples of 2, 4 and 4", weight_object,
+                     x_object, y_object);
+        return nullptr;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    moert::linear(is_fp16 ? moert::Half::kFp16 : moert::Half::kBf16,
+                  reinterpret_cast<const uint16_t*>(static_cast<uintptr_t>(weight)),
+                  reinterpret_cast<const float*>(static_cast<uintptr_t>(x)),
+                  reinterpret_cast<float*>(static_cast<uintptr_t>(y)), static_cast<int64_t>(t), static_cast<int64_t>(n),
+                  static_cast<int64_t>(k));
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+PyObject* use_isa(PyObject*, PyObject* args) {
+    const char* name;
+    if (!PyArg_ParseTuple(args, "z:use_isa", &name)) return nullptr;
+    if (!moert::use_isa(name)) {
+        PyErr_Format(PyExc_ValueError, "instruction set '%s' is unknown, or this processor lacks it", name);
+        return nullptr;
+    }
+    return PyUnicode_FromString(moert::isa());
+}
+
+PyObject* isa(PyObject*, PyObject*) {
+    return PyUnicode_FromString(moert::isa());
+}
+
 PyObject* cpu_features(PyObject*, PyObject*) {
     PyObject* features = PyDict_New();
     if (features == nullptr) return nullptr;
@@ -140,6 +185,14 @@ PyMethodDef methods[] = {
      "stream_read(address, nbytes, threads, repeats) -> float\n\nReads the range `repeats` times, split over the "
      "threads, "
      "and returns the seconds it took. Blocks, without the GIL."},
+    {"linear", linear, METH_VARARGS,
+     "linear(is_fp16, weight, x, y, t, n, k)\n\ny [t, n] = x [t, k] times the transpose of weight [n, k]; x and y "
+     "fp32, weight bf16 or fp16, all contiguous and given by address. On the calling thread, without the GIL."},
+    {"use_isa", use_isa, METH_VARARGS,
+     "use_isa(name) -> str\n\nHas `linear` run with avx512, avx2 or scalar, or with None the best there is, from now "
+     "on; "
+     "returns what it runs with. ValueError where the processor lacks it."},
+    {"isa", isa, METH_NOARGS, "isa() -> str\n\nThe instruction set that `linear` runs with."},
     {"cpu_features", cpu_features, METH_NOARGS,
      "cpu_features() -> dict[str, bool]\n\nInstruction sets that this processor runs and this operating system "
      "supports."},

@@ -1,4 +1,4 @@
-"""Plain torch: what every kernel means, and the CPU path until a faster kernel takes over."""
+"""Plain torch: what every kernel means."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def expert_ffn(
@@ -16,6 +17,7 @@ def expert_ffn(
     *,
     up_name: str = "gate_up_proj",
     is_transposed: bool = False,
+    linear: Linear = torch.nn.functional.linear,
 ) -> torch.Tensor:
     """One expert on the rows routed to it.
 
@@ -24,16 +26,16 @@ def expert_ffn(
         weights: `up_name` [U, D] and "down_proj" [D, F], or [D, U] and [F, D] if `is_transposed`; optional biases
             under the same names with "_bias" added, [U] and [D].
         activation: [T, U] -> [T, F]; for a gated expert it splits, gates and multiplies.
+        linear: the product with weights that are not transposed; `kernels.cpu.linear` is the faster one.
 
     Returns:
         [T, D], not yet weighted by the router; new memory.
     """
-    inner = activation(_linear(hidden, weights, up_name, is_transposed))
-    return _linear(inner, weights, "down_proj", is_transposed)
+    product = _transposed_linear if is_transposed else linear
+    inner = activation(product(hidden, weights[up_name], weights.get(f"{up_name}_bias")))
+    return product(inner, weights["down_proj"], weights.get("down_proj_bias"))
 
 
-def _linear(x: torch.Tensor, weights: Mapping[str, torch.Tensor], name: str, is_transposed: bool) -> torch.Tensor:
-    if is_transposed:
-        y = x @ weights[name]
-        return y if f"{name}_bias" not in weights else y + weights[f"{name}_bias"]
-    return torch.nn.functional.linear(x, weights[name], weights.get(f"{name}_bias"))
+def _transposed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y = x @ weight
+    return y if bias is None else y + bias

@@ -123,7 +123,9 @@ def test_no_speed_is_reported_without_parity() -> None:
     outcomes = [outcome("moert", [1, 2, 3])]
     report = bench("report")
     assert not report.summarise("moert", outcomes, speed=False).keys() & RUN_KEYS
-    assert report.summarise("moert", outcomes, speed=True)["tokens_per_s"] == 2.0
+    row = report.summarise("moert", outcomes, speed=True, reference=[1, 2, 4])
+    assert row["tokens_per_s"] == 2.0
+    assert row["tokens_as_hf"] == "2 of 3"
 
 
 def test_forced_tokens_tell_how_far_they_were_from_greedy(tiny: Path) -> None:

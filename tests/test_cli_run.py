@@ -12,6 +12,7 @@ import torch
 from cli_support import PROMPT, Cli, checkpoint, plain_tokens, tokenizer
 
 import moert
+from moert.hf.text import Generation
 
 KEYS = {
     "text",
@@ -151,6 +152,11 @@ def test_statistics_are_a_table_on_standard_error(cli: Cli, root: Path, monkeypa
     assert rows["all"] == [str(document["hits"]), str(document["misses"])]
     assert "tokens/s" in ran.err
     assert max(map(len, ran.err.splitlines())) <= 80
+
+
+def test_rate_is_of_the_tokens_after_the_first() -> None:
+    made = Generation(prompt_tokens=3, token_ids=[1, 2, 3], text="", time_to_first_token_s=9.0, decode_s=0.5)
+    assert made.tokens_per_s == 4
 
 
 def test_one_token_has_no_rate(cli: Cli, root: Path) -> None:

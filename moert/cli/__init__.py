@@ -35,22 +35,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     with _interruptible() as was_interrupted:
         try:
-            return _run(given)
+            code = _run(given)
         except KeyboardInterrupt:
-            return EXIT_INTERRUPTED
+            code = EXIT_INTERRUPTED
         except BrokenPipeError:
             _forget_stdout()
-            return 1
+            code = 1
         except Exception as error:
             # An interrupt inside the import of a C extension comes out as an error of that extension.
             if was_interrupted():
-                return EXIT_INTERRUPTED
-            if "--traceback" in given or not _is_bad_input(error):
+                code = EXIT_INTERRUPTED
+            elif "--traceback" in given or not _is_bad_input(error):
                 raise
-            from moert.cli.output import print_error
+            else:
+                from moert.cli.output import print_error
 
-            print_error(_message(error))
-            return EXIT_BAD_INPUT
+                print_error(_message(error))
+                code = EXIT_BAD_INPUT
+    if code == EXIT_INTERRUPTED and sys.stdout.isatty():
+        print()  # the text may have stopped in the middle of a line
+    return code
 
 
 def make_app() -> typer.Typer:

@@ -20,16 +20,25 @@ from moert.tiers.memory import peak_rss_bytes
 @with_load_options()
 def run(
     model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='The text; "-" reads it from standard input.')],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help='The text; "-" reads it from standard input.', show_default=False)
+    ],
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Stop after so many tokens.")] = 128,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0.0, metavar="X", help="Draw tokens at this temperature. Default: the likeliest."),
+        typer.Option(
+            min=0.0, metavar="X", help="Draw tokens at this temperature. Default: the likeliest.", show_default=False
+        ),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Draw from the likeliest tokens that make up this probability.")
+        float | None,
+        typer.Option(
+            metavar="P", help="Draw from the likeliest tokens that make up this probability.", show_default=False
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, metavar="S", help="Makes drawing repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="S", help="Makes drawing repeatable.", show_default=False)
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option(

@@ -38,6 +38,7 @@ def verify(
             metavar="|".join(REFERENCES),
             help="What to compare with: transformers alone, or moert with every expert in memory. "
             "Default: transformers, if the whole model fits in memory.",
+            show_default=False,
         ),
     ] = None,
     json: Json = False,

@@ -9,6 +9,7 @@ from torch import nn
 
 from moert.errors import UnsupportedModelError
 from moert.hf.adapters.base import ExpertsAdapter
+from moert.kernels.cpu import linear
 from moert.kernels.reference import expert_ffn
 
 KNOWN_FLAGS = {
@@ -52,7 +53,9 @@ class HookedExperts(ExpertsAdapter):
 
     def compute(self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         activation = self.module._apply_gate if self.has_gate else self.module.act_fn
-        output = expert_ffn(hidden, weights, activation, up_name=self.up_name, is_transposed=self.is_transposed)
+        output = expert_ffn(
+            hidden, weights, activation, up_name=self.up_name, is_transposed=self.is_transposed, linear=linear
+        )
         if getattr(self.module, "has_post_expert_norm", False):
             output = self.module.post_expert_norm(output)
         return output

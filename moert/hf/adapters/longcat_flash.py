@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moert.hf.adapters.base import ExpertsAdapter
+from moert.kernels.cpu import linear
 from moert.kernels.reference import expert_ffn
 
 
@@ -26,7 +27,7 @@ class LongcatFlash(ExpertsAdapter):
         return type(module).__name__ == "LongcatFlashExperts" and isinstance(module.down_proj, nn.Parameter)
 
     def compute(self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return expert_ffn(hidden, weights, self._apply_gate)
+        return expert_ffn(hidden, weights, self._apply_gate, linear=linear)
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)

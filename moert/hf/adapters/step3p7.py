@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moert.hf.adapters.base import ExpertsAdapter
+from moert.kernels.cpu import linear
 from moert.kernels.reference import expert_ffn
 
 
@@ -25,4 +26,4 @@ class Step3p7(ExpertsAdapter):
         return type(module).__name__ == "Step3p7Experts" and isinstance(module.down_proj, nn.Parameter)
 
     def compute(self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return expert_ffn(hidden, weights, self.module._apply_gate)
+        return expert_ffn(hidden, weights, self.module._apply_gate, linear=linear)
