@@ -91,7 +91,7 @@ def missing_shard(checkpoint: Path) -> str:
 def truncated_shard(checkpoint: Path) -> str:
     path = shards(checkpoint)[0]
     os.truncate(path, path.stat().st_size - 1000)
-    return rf"{path.name}: tensor .* the file has \d+ bytes \(truncated by \d+"
+    return rf"{path.name}: tensor .* the file has \d+ bytes: it is truncated, 1000 bytes are missing"
 
 
 def truncated_in_header(checkpoint: Path) -> str:
@@ -183,6 +183,11 @@ def wrong_shape(checkpoint: Path) -> str:
     return rf"{path.name}: tensor .* gives expert 3 of .* the shape \[62, 64\], the model wants \[64, 64\]"
 
 
+def wrong_dense_shape(checkpoint: Path) -> str:
+    change_tensor(checkpoint, "model.norm.weight", lambda tensor: tensor[:50])
+    return "do not have the shapes that its config.json asks for"
+
+
 def missing_expert(checkpoint: Path) -> str:
     path = shard_with(checkpoint, EXPERT)
     tensors = load_file(path)
@@ -216,6 +221,7 @@ BROKEN = [
     malformed_entry,
     wrong_dtype,
     wrong_shape,
+    wrong_dense_shape,
     missing_expert,
     missing_layer,
     malformed_index,

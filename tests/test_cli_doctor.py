@@ -247,7 +247,7 @@ def paths_of(document: dict[str, Any], **options: Any) -> dict[str, tuple[str, s
 
 def machine_with(**changes: Any) -> dict[str, Any]:
     return {
-        "cpu": {"features": {"avx512_bf16": True, "amx_bf16": False}},
+        "cpu": {"features": {"avx512_bf16": True, "amx_bf16": False}, "kernel": "avx2"},
         "memory": {"arena_huge_bytes": 8 << 20, "arena_bytes": 8 << 20, "huge_pages": "madvise"},
         "disks": {"cache": {"direct": True, "file_system": "ext4"}},
         "devices": {"devices": [], "why": "this build of torch has no CUDA"},
@@ -258,6 +258,7 @@ def machine_with(**changes: Any) -> dict[str, Any]:
 
 def test_paths_follow_what_was_found() -> None:
     paths = paths_of(machine_with())
+    assert "avx2 kernel" in paths["expert compute"][0]
     assert "bfloat16" in paths["expert compute"][0]
     assert "avx512_bf16" in paths["expert compute"][1]
     assert "O_DIRECT, 4 threads" in paths["disk reads"][0]
@@ -280,5 +281,6 @@ def test_paths_follow_what_was_found() -> None:
     assert "H200 stays idle" in paths["device memory"][1]
     assert "1.0 GiB by default" in paths["cache policy"][1]
     assert "--no-direct-io" in paths_of(slow, direct_io=False)["disk reads"][1]
+    assert "torch" in paths_of(machine_with(model={"dtype": "float32"}))["expert compute"][0]
     unknown = machine_with(memory={"problem": "?"}, devices={"problem": "?"}, disks={"cache": {"problem": "?"}})
     assert all("could not be probed" in paths_of(unknown)[part][1] for part in ("disk reads", "host memory"))

@@ -61,6 +61,8 @@ def test_help_lists_every_option_with_its_description(command: str, cli: Cli) ->
     assert "--no-direct-io" in text
     assert "--no-preload" in text
     assert "25%" in text, "the descriptions are those of OffloadConfig"
+    assert "None:" not in text
+    assert "Default:" in text
     assert "lru" in text
 
 

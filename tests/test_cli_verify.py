@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from families import build, inputs_for, logits, zoo_at
 
 import moert
 from moert.cli.comparison import EXACT, FLOAT32, SIXTEEN_BIT, Reference, Trace, compare
+from moert.hf import reference as hf_reference
 from moert.hf.adapters import hooked
-from moert.hf.reference import RoutingRecorder, sum_in_fp32
+from moert.hf.reference import Products, RoutingRecorder, round_as_moert
 from moert.kernels import reference
 
 KEYS = {"identical_tokens", "identical_routing", "max_abs_logit_error", "tolerance", "reference", "tokens_compared"}
@@ -105,6 +107,32 @@ def test_error_above_the_tolerance_is_noticed_though_the_tokens_agree(
     assert ran.document["max_abs_logit_error"] > 1e-5 * ran.document["max_abs_logit"]
 
 
+def test_wrong_products_are_noticed_though_both_sides_use_them(
+    cli: Cli, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = hooked.__dict__["linear"]
+    for module in (hooked, hf_reference):
+        monkeypatch.setattr(module, "linear", lambda *args, **kwargs: right(*args, **kwargs) * 1.03)
+    folder = checkpoint(root, "olmoe", torch.bfloat16)
+    ran = cli("verify", folder, "--host-memory", "25%", "--prompt", PROMPT, "--max-new-tokens", 4, "--json")
+    document = ran.document
+    assert document["within_tolerance"]
+    assert document["products_compared"] > 0
+    assert document["max_product_error_ulps"] > 1
+    assert (ran.code, document["products_within_tolerance"], document["passed"]) == (1, False, False)
+
+
+def test_products_are_compared_in_units_of_their_largest_number() -> None:
+    products = Products()
+    products.note(torch.tensor([4.0, 0.0]).bfloat16(), torch.tensor([4.0, 2**-6]).bfloat16())
+    assert (products.compared, products.largest_error_ulps) == (1, 2**-6 / (4 * 2**-7))
+    products.note(torch.ones(2), torch.ones(2))
+    assert (products.compared, products.largest_error_ulps) == (2, 0.5)
+    products.note(torch.tensor([float("nan")]), torch.ones(1))
+    products.note(torch.ones(1), torch.ones(1))
+    assert not products.largest_error_ulps <= 1
+
+
 def test_model_that_does_not_fit_is_held_against_moert_at_another_budget(
     cli: Cli, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +148,25 @@ def test_model_that_does_not_fit_is_held_against_moert_at_another_budget(
     error = cli("verify", checkpoint(root), "--reference", "transformers").error
     assert "transformers needs" in error
     assert "--reference resident" in error
+
+
+def test_the_two_models_never_stand_side_by_side(cli: Cli, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, load_plain = moert.load, hf_reference.load_plain
+    offloaded: list[weakref.ref[Any]] = []
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        offloaded.append(weakref.ref(model))
+        return model
+
+    def check(*args: Any, **kwargs: Any) -> Any:
+        assert [model() for model in offloaded] == [None]
+        return load_plain(*args, **kwargs)
+
+    monkeypatch.setattr(moert, "load", note)
+    monkeypatch.setattr(hf_reference, "load_plain", check)
+    assert cli("verify", checkpoint(root), "--host-memory", "25%", "--max-new-tokens", 2).code == 0
+    assert len(offloaded) == 1
 
 
 def test_people_read_the_same(cli: Cli, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,13 +252,14 @@ def test_experts_one_at_a_time_are_the_eager_ones(family: str, tmp_path_factory:
     model = build(family)
     inputs = inputs_for(family, model)
     expected = logits(model, inputs)
-    assert sum_in_fp32(model)
+    products = round_as_moert(model)
+    assert products is not None
     found = logits(model, inputs)
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-6
 
 
 def test_experts_with_a_call_of_their_own_are_left_alone() -> None:
-    assert not sum_in_fp32(build("dbrx"))
+    assert round_as_moert(build("dbrx")) is None
 
 
 @pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])

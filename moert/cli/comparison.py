@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
+    from moert.hf.reference import Products
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -19,7 +21,9 @@ class Tolerance:
 
 EXACT = Tolerance(0.0, "the same kernels on the same weights: every bit must agree")
 FLOAT32 = Tolerance(1e-5, "float32 keeps 24 bits; sums in another order differ in the last few")
-SIXTEEN_BIT = Tolerance(2**-6, "four roundings of bfloat16, 2^-8 each; float16 rounds more finely")
+SIXTEEN_BIT = Tolerance(2**-6, "two units in the last place of bfloat16, 2^-7 each; float16 has finer ones")
+# Both sum in float32 and round once, so the two are neighbours at most.
+PRODUCT_ULPS = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Trace:
     token_ids: list[int]
     logits: torch.Tensor
     picks: dict[str, list[torch.Tensor]]
+    products: Products | None = None
+    """Of a reference that rounds as moert does: how far moert's products are from torch's."""
 
 
 def compare(mine: Trace, theirs: Trace, reference: Reference, tokenizer: Any) -> dict[str, Any]:
@@ -55,6 +61,8 @@ def compare(mine: Trace, theirs: Trace, reference: Reference, tokenizer: Any) ->
     picks, differing, first_layer = _compare_routing(mine, theirs, forwards)
     tolerance = reference.tolerance
     within = error <= tolerance.share * largest  # false for NaN too
+    products = theirs.products
+    products_within = products is None or products.largest_error_ulps <= PRODUCT_ULPS
     first_difference: dict[str, Any] | None = None
     if not identical_tokens:
         first_difference = _difference(mine, theirs, shared, tokenizer)
@@ -72,8 +80,11 @@ def compare(mine: Trace, theirs: Trace, reference: Reference, tokenizer: Any) ->
         "tolerance": tolerance.share,
         "tolerance_reason": tolerance.reason,
         "within_tolerance": within,
+        "products_compared": 0 if products is None else products.compared,
+        "max_product_error_ulps": None if products is None else products.largest_error_ulps,
+        "products_within_tolerance": products_within,
         "first_difference": first_difference,
-        "passed": identical_tokens and not differing and within,
+        "passed": identical_tokens and not differing and within and products_within,
     }
 
 

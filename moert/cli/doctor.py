@@ -132,8 +132,14 @@ def _print(document: dict[str, Any], console: Console) -> None:
         table.add_row(f"  {path['part']}", Text.assemble(path["path"], (f"\n{path['why']}", "bright_black")))
     console.print(table)
     console.print()
-    versions = (f"{name}\u00a0{version or '–'}" for name, version in document["versions"].items() if name != "system")
-    console.print(Text("  ".join(versions), style="bright_black"))
+    console.print(Text(_versions_text(document["versions"]), style="bright_black"))
+
+
+def _versions_text(versions: dict[str, Any]) -> str:
+    if "problem" in versions:
+        return f"versions could not be probed: {versions['problem']}"
+    shown = ("moert", "python", "torch", "transformers", "triton")
+    return "  ".join(f"{name} {versions[name] or '–'}" for name in shown)
 
 
 def _section(console: Console, title: str, rows: list[tuple[str, str | Text]]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from moert.config import OffloadConfig, format_bytes
 
-_HALF_FLOATS = {"bfloat16": ("amx_bf16", "avx512_bf16")}
+_NATIVE = {"bfloat16": ("amx_bf16", "avx512_bf16"), "float16": ("avx512_fp16",)}
 
 
 def choose_paths(document: dict[str, Any], config: OffloadConfig) -> list[dict[str, str]]:
@@ -24,15 +24,20 @@ def choose_paths(document: dict[str, Any], config: OffloadConfig) -> list[dict[s
 
 def _compute(document: dict[str, Any]) -> tuple[str, str]:
     dtype = (document["model"] or {}).get("dtype") or "bfloat16"
+    if dtype not in _NATIVE:
+        return f"torch CPU kernels in {dtype}", "moert has kernels of its own for 16-bit weights only"
+    from moert.kernels.cpu import MOST_ROWS
+
     features = document["cpu"].get("features", {})
-    native = [name for name in _HALF_FLOATS.get(dtype, ()) if features.get(name)]
-    if dtype == "float32":
-        why = "float32 needs no special instructions"
-    elif native:
-        why = f"this processor multiplies {dtype} itself ({', '.join(native)})"
-    else:
-        why = f"this processor has no instructions for {dtype}, so torch converts on the way: slower for long prompts"
-    return f"torch CPU kernels in {dtype}, outputs added in float32", why
+    native = [name for name in _NATIVE[dtype] if features.get(name)]
+    kernel = document["cpu"].get("kernel") or "unknown"
+    path = f"moert's {kernel} kernel for up to {MOST_ROWS} tokens an expert, torch's beyond; {dtype}"
+    if native:
+        return path, f"torch multiplies {dtype} with this processor's own instructions ({', '.join(native)})"
+    return (
+        path,
+        f"this processor has no instructions for {dtype}: torch converts on the way, so long prompts are slower",
+    )
 
 
 def _reads(document: dict[str, Any], config: OffloadConfig) -> tuple[str, str]:

@@ -65,6 +65,7 @@ def cpu(root: Path = Path("/")) -> Finding:
         "cores_quota": quota,
         "cores_usable": affinity if quota is None else max(1, min(affinity, int(quota + 0.5))),
         "features": _C.cpu_features(),
+        "kernel": _C.isa(),
     }
 
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from moert.cli.comparison import EXACT, FLOAT32, SIXTEEN_BIT, Reference, Trace, compare
+from moert.cli.comparison import EXACT, FLOAT32, PRODUCT_ULPS, SIXTEEN_BIT, Reference, Trace, compare
 from moert.cli.opening import open_tokenizer, opened, opened_plain
 from moert.cli.options import Json, LoadOptions, Model, resolve_model, with_load_options
 from moert.cli.output import bar, facts, percent, print_json, stdout
@@ -110,7 +110,7 @@ def _choose_reference(model: Any, asked: str | None, options: LoadOptions) -> tu
 def _plain_reference(model: Any) -> Reference:
     if str(model.dtype) == "torch.float32":
         return Reference("transformers", "transformers, its eager experts", FLOAT32)
-    return Reference("transformers", "transformers, its eager experts, their outputs added in float32", SIXTEEN_BIT)
+    return Reference("transformers", "transformers, its eager experts, rounding where moert does", SIXTEEN_BIT)
 
 
 def _other_share(model: Any) -> int:
@@ -130,17 +130,21 @@ def _run_reference(
     if reference.kind != "transformers":
         with opened(name, options) as loaded:
             return _trace(loaded.model, tokenizer, inputs, max_new_tokens, "reference")
-    from moert.hf.reference import sum_in_fp32
+    from moert.hf.reference import round_as_moert
 
     with opened_plain(name, options, experts_implementation="eager") as plain:
-        if reference.tolerance is SIXTEEN_BIT and not sum_in_fp32(plain.model):
-            warnings.warn(
-                "these experts add their outputs in the model's own dtype; rounding alone may change a token: "
-                "--dtype float32 takes it out",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return _trace(plain.model, tokenizer, inputs, max_new_tokens, "reference")
+        products = None
+        if reference.tolerance is SIXTEEN_BIT:
+            products = round_as_moert(plain.model)
+            if products is None:
+                warnings.warn(
+                    "these experts cannot be made to round where moert does; rounding alone may change a token: "
+                    "--dtype float32 takes it out",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        trace = _trace(plain.model, tokenizer, inputs, max_new_tokens, "reference")
+        return replace(trace, products=products)
 
 
 def _trace(model: Any, tokenizer: Any, inputs: dict[str, Any], max_new_tokens: int, title: str) -> Trace:
@@ -171,8 +175,21 @@ def _print(result: dict[str, Any], console: Console) -> None:
     why = result["tolerance_reason"]
     if result["max_abs_logit_error"] == 0:
         logits, why = "equal to the last bit", ""
-    if result["tolerance"] == SIXTEEN_BIT.share:
-        why = "as it ships, transformers rounds each sum, which can change tokens"
+    rows: list[tuple[str, str | Text]] = [
+        ("tokens", _mark(result["identical_tokens"], tokens)),
+        ("routing", _mark(result["identical_routing"], routing)),
+        ("logits", _mark(result["within_tolerance"], logits)),
+        *([("", Text(why, style="bright_black"))] if why else []),
+    ]
+    if result["products_compared"]:
+        ulps = f"{result['max_product_error_ulps']:.2g} units in the last place"
+        rows += [
+            (
+                "products",
+                _mark(result["products_within_tolerance"], f"at most {ulps} from torch's, allowed {PRODUCT_ULPS:.0f}"),
+            ),
+            ("", Text("--dtype float32 compares with transformers exactly as it ships", style="bright_black")),
+        ]
     resident = percent(result["resident_bytes"] / result["expert_bytes"])
     console.print()
     console.print(
@@ -180,10 +197,7 @@ def _print(result: dict[str, Any], console: Console) -> None:
             [
                 ("offloaded", f"{resident} of the experts in memory, {result['dtype']}, policy {result['policy']}"),
                 ("reference", result["reference_description"]),
-                ("tokens", _mark(result["identical_tokens"], tokens)),
-                ("routing", _mark(result["identical_routing"], routing)),
-                ("logits", _mark(result["within_tolerance"], logits)),
-                *([("", Text(why, style="bright_black"))] if why else []),
+                *rows,
                 ("hit rate", f"{percent(result['hit_rate'])}, {format_bytes(result['bytes_read'])} read"),
             ]
         )

@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from moert.config import OffloadConfig
-from moert.errors import ConfigError, CorruptFileError, UnsupportedModelError
+from moert.errors import ConfigError, CorruptFileError, MoertError, UnsupportedModelError
 from moert.hf import quantizer
 from moert.runtime.preload import Progress
 from moert.tiers.safetensors_file import read_entries, read_index
@@ -56,7 +56,15 @@ def load(path_or_id: str | os.PathLike[str], config: OffloadConfig, progress: Pr
     )
     check_not_packed(settings)
     with _told_to_quantizer(hf_kwargs.get("key_mapping"), progress):
-        return model_class(settings).from_pretrained(name, quantization_config=config, **hf_kwargs)
+        try:
+            return model_class(settings).from_pretrained(name, quantization_config=config, **hf_kwargs)
+        except RuntimeError as error:
+            if isinstance(error, MoertError) or "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise CorruptFileError(
+                f"{name}: tensors of the checkpoint do not have the shapes that its config.json asks for; transformers "
+                f"says: {error}"
+            ) from error
 
 
 @contextlib.contextmanager

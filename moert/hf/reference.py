@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from moert.hf.adapters import ExpertsAdapter, find_experts
 from moert.hf.loading import model_class
 from moert.hf.model import offloaded_modules
 from moert.hf.text import read_settings
+from moert.kernels.cpu import linear
 
 
 def load_plain(path_or_id: str, *, experts_implementation: str | None = None, **hf_kwargs: Any) -> Any:
@@ -28,24 +32,65 @@ def load_plain(path_or_id: str, *, experts_implementation: str | None = None, **
     return model_class(settings).from_pretrained(path_or_id, **hf_kwargs).eval()
 
 
-def sum_in_fp32(model: nn.Module) -> bool:
-    """Have a plain model's experts run one at a time by their own eager code, their outputs added in fp32.
+@dataclass
+class Products:
+    """How far moert's products of 16-bit weights are from torch's, over the products of a run."""
 
-    transformers' eager loop adds them in the model's dtype and its grouped kernel rounds each weighted output to it,
-    so in bf16 and fp16 the two differ from each other; this takes those roundings out and leaves the rest as it is.
+    compared: int = 0
+    largest_error_ulps: float = 0.0
+    """The largest difference within one product, in units in the last place of the largest number in it."""
+
+    def note(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        """One product, as moert and as torch computes it."""
+        self.compared += 1
+        error = float((found.float() - expected.float()).abs().max())
+        unit = float(expected.float().abs().max()) * torch.finfo(expected.dtype).eps
+        ulps = error / unit if unit else error
+        # A NaN stays, and fails every comparison.
+        if not (math.isnan(self.largest_error_ulps) or ulps <= self.largest_error_ulps):
+            self.largest_error_ulps = ulps
+
+
+def round_as_moert(model: nn.Module) -> Products | None:
+    """Have a plain model's experts run one at a time by their own eager code, but round where moert does.
+
+    In bf16 and fp16 the order of a sum and the places where it is rounded change the last bits, those change a routing
+    that was nearly a tie, and from there on two runs have little in common: transformers' own eager and grouped experts
+    differ like that. So here the outputs of the experts are added in fp32, and the products with 16-bit weights are
+    moert's; each is computed by torch too, and compared. All else stays transformers' own.
 
     Returns:
-        Whether it was done: not for experts classes that are called in a way of their own.
+        What the products' comparison finds as the model runs; None where it was not done: for experts classes that are
+        called in a way of their own.
     """
     adapters = list(find_experts(model).values())
     if any(type(adapter).flatten is not ExpertsAdapter.flatten or adapter.num_identity for adapter in adapters):
-        return False
+        return None
+    products = Products()
     for adapter in adapters:
-        adapter.module.forward = _one_at_a_time(adapter.module.forward)
-    return True
+        adapter.module.forward = _one_at_a_time(adapter.module.forward, products)
+    return products
 
 
-def _one_at_a_time(eager: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+class _MoertProducts(TorchFunctionMode):
+    """While active, `F.linear` is moert's."""
+
+    def __init__(self, products: Products) -> None:
+        super().__init__()
+        self._products = products
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        expected = function(*args, **(kwargs or {}))
+        if function is not torch.nn.functional.linear:
+            return expected
+        found = linear(*args, **(kwargs or {}))
+        self._products.note(found, expected)
+        return found
+
+
+def _one_at_a_time(eager: Callable[..., torch.Tensor], products: Products) -> Callable[..., torch.Tensor]:
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(hidden_states.shape, dtype=torch.float32)
         for expert in top_k_index.unique().tolist():
@@ -54,7 +99,8 @@ def _one_at_a_time(eager: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
             if len(rows):
                 weights = (top_k_weights * picked)[rows].float().sum(-1, keepdim=True)
                 ids = torch.full((len(rows), 1), expert, dtype=top_k_index.dtype)
-                output = eager(hidden_states[rows], ids, torch.ones_like(ids, dtype=top_k_weights.dtype))
+                with _MoertProducts(products):
+                    output = eager(hidden_states[rows], ids, torch.ones_like(ids, dtype=top_k_weights.dtype))
                 total.index_add_(0, rows, output.float() * weights)
         return total.to(hidden_states.dtype)
 

@@ -116,9 +116,10 @@ def _check_cover(path: str, entries: list[TensorEntry], begin: int, size: int) -
             )
         end, last = entry.offset + entry.nbytes, f"tensor {entry.name!r}"
         if end > size:
+            needed = max(entry.offset + entry.nbytes for entry in entries)
             raise CorruptFileError(
-                f"{path}: tensor {entry.name!r} should end at byte {end}, but the file has {size} bytes (truncated by "
-                f"{end - size}?); download or copy it again"
+                f"{path}: tensor {entry.name!r} should end at byte {end}, but the file has {size} bytes: it is truncated, "
+                f"{needed - size} bytes are missing; download or copy it again"
             )
     if end != size:
         raise CorruptFileError(f"{path}: {size - end} bytes after {last} belong to no tensor")
