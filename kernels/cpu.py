@@ -38,7 +38,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return torch.nn.functional.linear(x, weight, bias)
     rows = x.float().contiguous()
     y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-    _C.linear(
-        weight.dtype == torch.float16, weight.data_ptr(), rows.data_ptr(), y.data_ptr(), *y.shape, weight.shape[1]
-    )
+    t, k = rows.shape
+    is_fp16 = weight.dtype == torch.float16
+    _C.linear(is_fp16, weight.data_ptr(), rows.data_ptr(), y.data_ptr(), t, weight.shape[0], k)
     return (y if bias is None else y + bias.float()).to(x.dtype)

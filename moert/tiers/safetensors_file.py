@@ -118,8 +118,8 @@ def _check_cover(path: str, entries: list[TensorEntry], begin: int, size: int) -
         if end > size:
             needed = max(entry.offset + entry.nbytes for entry in entries)
             raise CorruptFileError(
-                f"{path}: tensor {entry.name!r} should end at byte {end}, but the file has {size} bytes: it is truncated, "
-                f"{needed - size} bytes are missing; download or copy it again"
+                f"{path}: tensor {entry.name!r} should end at byte {end}, but the file has {size} bytes: it is "
+                f"truncated, {needed - size} bytes are missing; download or copy it again"
             )
     if end != size:
         raise CorruptFileError(f"{path}: {size - end} bytes after {last} belong to no tensor")
