@@ -34,6 +34,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         or weight.dtype != x.dtype
         or not 0 < x.shape[0] <= MOST_ROWS
         or not weight.is_contiguous()
+        or not (weight.dim() == x.dim() == 2 and weight.shape[1] == x.shape[1])
+        or not (weight.device.type == x.device.type == "cpu")
     ):
         return torch.nn.functional.linear(x, weight, bias)
     rows = x.float().contiguous()

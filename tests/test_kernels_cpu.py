@@ -113,6 +113,11 @@ def test_the_rest_is_left_to_torch(x: torch.Tensor, weight: torch.Tensor) -> Non
     assert torch.equal(cpu.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
+def test_shapes_that_do_not_fit_are_refused_before_anything_is_read() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        cpu.linear(torch.randn(2, 8).bfloat16(), torch.randn(4, 9).bfloat16())
+
+
 def test_strided_rows_are_read_right() -> None:
     x = torch.randn(40, 3).bfloat16().T
     weight = torch.randn(6, 40).bfloat16()
