@@ -464,6 +464,7 @@ def test_the_hf_way_raises_the_same(checkpoint: Path) -> None:
 INTERRUPTED = """
     import os, signal, sys, tempfile, threading, torch, moert
     tempfile.tempdir = sys.argv[2]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have been started without it
     when = sys.argv[3]
     if when == "load":
         from moert.tiers import reader
