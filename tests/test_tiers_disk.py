@@ -664,6 +664,7 @@ class TestDiskReader:
 
 PRELUDE = """
     import os, signal, sys, threading, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have been started without it
     from moert.tiers.arena import HostArena
     from moert.tiers.disk import *
     arena = HostArena(1 << 20)
