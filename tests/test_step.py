@@ -155,7 +155,7 @@ def test_resident_experts_run_while_the_missing_are_read() -> None:
     weights, hidden = torch.ones(1, E), torch.randn(1, D)
     layer = FakeLayer(E, {})
     run(layer, hidden, ids[:, 1:], weights[:, 1:])
-    layer.delays_s = {0: 0.05}
+    layer.delays_s = {0: 0.5}
     ran_at: list[float] = []
     begin = time.perf_counter()
 
@@ -164,7 +164,7 @@ def test_resident_experts_run_while_the_missing_are_read() -> None:
         return compute(x, w)
 
     run_step(layer, timed, hidden, ids, weights, reads_in_flight=4)
-    assert len([at for at in ran_at if at < 0.045]) == E - 1, ran_at
+    assert len([at for at in ran_at if at < 0.4]) == E - 1, ran_at
     assert layer.stats.stall_s > 0.02
 
 
