@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from families import Zoo
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -39,3 +45,31 @@ def tiny_olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     OlmoeForCausalLM(config).save_pretrained(folder, max_shard_size="150KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    """Tiny models of every family, built and saved when first asked for. Read only."""
+    from families import zoo_at
+
+    return zoo_at(tmp_path_factory.getbasetemp() / "families")
+
+
+@pytest.fixture
+def load(zoo: Zoo) -> Iterator[Callable[..., Any]]:
+    """`load(family_or_path, **options)`: the checkpoint loaded by moert, closed when the test ends."""
+    import torch
+
+    import moert
+
+    loaded = []
+
+    def _load(family: str | Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
+        dtype = dtype or torch.float32
+        path = zoo.specimen(family, dtype).path if isinstance(family, str) else family
+        loaded.append(moert.load(path, dtype=dtype, **{"host_memory": "25%", **options}))
+        return loaded[-1]
+
+    yield _load
+    for model in loaded:
+        moert.close(model)

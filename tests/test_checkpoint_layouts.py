@@ -19,7 +19,6 @@ from families import (
     save,
     tiny_config,
     transpose_fused_experts,
-    zoo_at,
 )
 from families.checks import (
     BF16_TOLERANCE,
@@ -32,11 +31,6 @@ from families.checks import (
 )
 
 import moert
-
-
-@pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    return zoo_at(tmp_path_factory.getbasetemp() / "families")
 
 
 def load_and_compare(path: Path, specimen: Specimen) -> None:

@@ -22,7 +22,6 @@ from families import (
     save,
     tiny_config,
     use_eager_experts,
-    zoo_at,
 )
 from families.checks import (
     BF16_TOLERANCE,
@@ -38,11 +37,6 @@ from families.checks import (
 )
 
 import moert
-
-
-@pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    return zoo_at(tmp_path_factory.getbasetemp() / "families")
 
 
 @pytest.mark.parametrize("family", SUPPORTED_FAMILIES)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import Zoo, logits, zoo_at
+from families import Zoo, logits
 
 import moert
 
@@ -27,11 +27,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "static cache": {"do_sample": False, "cache_implementation": "static"},
     "repetition penalty": {"do_sample": False, "repetition_penalty": 1.3},
 }
-
-
-@pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    return zoo_at(tmp_path_factory.getbasetemp() / "families")
 
 
 @pytest.fixture(params=["load", "patch"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from families import (
     logits,
     plain_load,
     save,
-    zoo_at,
 )
 from families.checks import (
     BF16_TOLERANCE,
@@ -34,26 +33,6 @@ from families.checks import (
 import moert
 
 Loader = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    return zoo_at(tmp_path_factory.getbasetemp() / "families")
-
-
-@pytest.fixture
-def load(zoo: Zoo) -> Iterator[Loader]:
-    """`load(family_or_path, **options)`: the checkpoint loaded by moert, closed when the test ends."""
-    loaded = []
-
-    def _load(family: str | Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-        path = zoo.specimen(family, dtype).path if isinstance(family, str) else family
-        loaded.append(moert.load(path, dtype=dtype, **{"host_memory": "25%", **options}))
-        return loaded[-1]
-
-    yield _load
-    for model in loaded:
-        moert.close(model)
 
 
 # 1. Initialising the weights that a checkpoint lacks must not reach for experts that are not there.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from families import (
     plain_load,
     save,
     tiny_config,
-    zoo_at,
 )
 from families.checks import (
     BF16_TOLERANCE,
@@ -45,26 +44,6 @@ OWN_GATE_FAMILIES = (
 )
 
 Loader = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    return zoo_at(tmp_path_factory.getbasetemp() / "families")
-
-
-@pytest.fixture
-def load(zoo: Zoo) -> Iterator[Loader]:
-    """`load(family_or_path, **options)`: the checkpoint loaded by moert, closed when the test ends."""
-    loaded = []
-
-    def _load(family: str | Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-        path = zoo.specimen(family, dtype).path if isinstance(family, str) else family
-        loaded.append(moert.load(path, dtype=dtype, **{"host_memory": "25%", **options}))
-        return loaded[-1]
-
-    yield _load
-    for model in loaded:
-        moert.close(model)
 
 
 def picks_of(stats: dict[str, Any]) -> int:

@@ -19,18 +19,12 @@ from families import (
     logits,
     stacked_parameters,
     support_table,
-    zoo_at,
 )
 from families.checks import (
     calls_of,
     experts_paths,
     relative_error,
 )
-
-
-@pytest.fixture(scope="session")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
-    return zoo_at(tmp_path_factory.getbasetemp() / "families")
 
 
 @pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="counted in transformers 5.23")
