@@ -28,10 +28,19 @@ for folder in PLUGIN_FOLDERS:
 extension = Extension(
     "moert._C",
     sources=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
-    depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")),
+    depends=sorted(str(path.relative_to(ROOT)) for kind in ("*.h", "*.inl") for path in (ROOT / "csrc").glob(kind)),
     define_macros=[("Py_LIMITED_API", "0x030A0000")] if LIMITED_API else [],
     py_limited_api=LIMITED_API,
-    extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"],
+    # No contraction: a product and a sum round separately in every build, so results do not depend on the compiler.
+    extra_compile_args=[
+        "-std=c++17",
+        "-O3",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-pthread",
+        "-Wall",
+        "-Wextra",
+    ],
     extra_link_args=["-pthread"],
     language="c++",
 )

@@ -1,46 +1,328 @@
-"""The face of csrc/: expert arithmetic on the CPU that is faster than torch's own."""
+"""The face of csrc/: products and whole experts on the CPU."""
 
 from __future__ import annotations
 
+import atexit
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from moert import _C
 from moert.errors import KernelUnavailableError
+from moert.kernels.cpu_matrix import NUMBERS, Matrix, matrix
+from moert.kernels.gate import Gate
 
-MOST_ROWS = 4
-"""With more rows than this, torch's blocked products are faster."""
+__all__ = [
+    "HALVES",
+    "NUMBERS",
+    "Expert",
+    "ExpertFfn",
+    "Gate",
+    "Handle",
+    "Matrix",
+    "isa",
+    "isa_names",
+    "linear",
+    "matrix",
+    "set_threads",
+    "threads",
+    "use_isa",
+]
 
 HALVES = (torch.bfloat16, torch.float16)
 
+
+def use_isa(name: str | None) -> str:
+    """Have every product use this instruction set from now on, or the best there is; returns its name.
+
+    Not while a product runs. Results differ between instruction sets in the last bits.
+
+    Raises:
+        ValueError: unknown, or not to be had on this machine.
+    """
+    return _C.use_isa(name)
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return _C.isa()
+
+
+def isa_names(usable_only: bool = True) -> list[str]:
+    """The instruction sets there are kernels for, best first; by default those that this machine can run."""
+    return _C.isa_names(usable_only).split()
+
+
+def threads() -> int:
+    """How many threads compute, the calling one included."""
+    return _C.threads()
+
+
+def set_threads(count: int | None) -> int:
+    """Compute on `count` threads from now on, or on as many as `MOERT_THREADS` or the machine says; returns how many.
+
+    Raises:
+        RuntimeError: while anything computes.
+    """
+    return _C.set_threads(count)
+
+
+# Threads that compute must not touch tensors which the interpreter frees as it exits.
+atexit.register(_C.stop_threads)
+
 if _forced := os.environ.get("MOERT_ISA"):
     try:
-        _C.use_isa(_forced)
+        use_isa(_forced)
     except ValueError as error:
-        raise KernelUnavailableError(f"MOERT_ISA={_forced}: {error}; give avx512, avx2 or scalar") from error
+        raise KernelUnavailableError(f"MOERT_ISA={_forced}: {error}; give one of those") from error
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x` [T, K] times the transpose of `weight` [N, K], plus `bias` [N]: [T, N] in the dtype of `x`; new memory.
+def linear(x: torch.Tensor, weight: torch.Tensor | Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x` [..., K] times the transpose of `weight` [N, K], plus `bias` [N]: [..., N] in the dtype of `x`; new memory.
 
-    For a few rows and 16-bit weights the product is this project's own: it reads the weights where they are, at the
-    speed of memory, on the calling thread, and sums in fp32, rounding once. Otherwise it is torch's. Which of the two
-    runs depends on dtypes and shapes alone, and neither depends on where the weights are, so an expert's output is the
-    same from any slot.
+    Products are this project's own where `x` is on the CPU, the weight contiguous and both of one 16-bit type, or the
+    weight a `Matrix`: sums are in fp32 and rounded once. Else they are torch's. Which of the two runs depends on
+    dtypes and shapes alone, and neither depends on where the weights are, so an expert's output is the same from any
+    slot. Blocks.
+
+    Raises:
+        ValueError: `x` and a `Matrix` do not fit.
     """
+    if isinstance(weight, Matrix):
+        return _linear_matrix(x, weight, bias)
     if (
         x.dtype not in HALVES
         or weight.dtype != x.dtype
-        or not 0 < x.shape[0] <= MOST_ROWS
+        or weight.dim() != 2
+        or x.dim() == 0
+        or x.shape[-1] != weight.shape[1]
+        or not x.numel()
+        or not weight.numel()
         or not weight.is_contiguous()
-        or not (weight.dim() == x.dim() == 2 and weight.shape[1] == x.shape[1])
-        or not (weight.device.type == x.device.type == "cpu")
+        or not (weight.is_cpu and x.is_cpu)
+        or not (bias is None or _fits(bias, weight.shape[0], x.dtype))
     ):
         return torch.nn.functional.linear(x, weight, bias)
-    rows = x.float().contiguous()
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-    t, k = rows.shape
-    is_fp16 = weight.dtype == torch.float16
-    _C.linear(is_fp16, weight.data_ptr(), rows.data_ptr(), y.data_ptr(), t, weight.shape[0], k)
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    n, k = weight.shape
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    _C.product(
+        NUMBERS[x.dtype],
+        weight.data_ptr(),
+        n,
+        k,
+        x.data_ptr(),
+        x.numel() // k,
+        None if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+    )
+    return y
+
+
+def _fits(bias: torch.Tensor, n: int, dtype: torch.dtype) -> bool:
+    return bias.dtype == dtype and bias.is_cpu and bias.shape == (n,) and bias.is_contiguous()
+
+
+def _linear_matrix(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
+    n, k = weight.shape
+    if x.dtype not in NUMBERS or not x.is_cpu or x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x {tuple(x.shape)} in {x.dtype} on {x.device} does not fit a weight {weight.shape}")
+    if bias is not None and not _fits(bias, n, x.dtype):
+        raise ValueError(f"bias {tuple(bias.shape)} in {bias.dtype} does not fit {n} rows in {x.dtype}")
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    if x.numel():
+        _C.linear(
+            weight.capsule,
+            NUMBERS[x.dtype],
+            x.data_ptr(),
+            x.numel() // k,
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+        )
+    return y
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expert:
+    """One expert's weights, ready to be computed with; keeps its tensors alive."""
+
+    capsule: object
+    tensors: tuple[object, ...]
+
+
+class Handle:
+    """A step under way; keeps what it reads and writes alive."""
+
+    __slots__ = ("_job", "_keep")
+
+    def __init__(self, job: object, keep: object) -> None:
+        self._job = job
+        self._keep = keep
+
+    def ready(self) -> bool:
+        """Whether it is done."""
+        return _C.job_ready(self._job)
+
+    def wait(self) -> None:
+        """Block until it is done, taking part in the work."""
+        _C.job_wait(self._job)
+        self._keep = None
+
+    def __del__(self) -> None:
+        self.wait()  # the threads may still write to memory that this object keeps
+
+
+class ExpertFfn:
+    """What all experts of a layer have in common, and how a step of them is run."""
+
+    def __init__(self, gate: Gate, hidden: int, width: int, dtype: torch.dtype) -> None:
+        """
+        Args:
+            gate: from the up product [.., 2 * width or width] to [.., width].
+            hidden, width: D and F.
+            dtype: of activations and biases, and of the weights if they are plain.
+        """
+        if dtype not in NUMBERS:
+            raise ValueError(f"activations are {', '.join(map(str, NUMBERS))}, not {dtype}")
+        self.gate, self.hidden, self.width, self.dtype = gate, hidden, width, dtype
+        self._number = NUMBERS[dtype]
+        self._gate = (
+            gate.activation,
+            gate.gated,
+            gate.interleaved,
+            gate.alpha,
+            gate.gate_limit,
+            gate.up_limit,
+            gate.up_offset,
+            gate.output_limit,
+        )
+
+    def expert(
+        self, up: Matrix, down: Matrix, up_bias: torch.Tensor | None = None, down_bias: torch.Tensor | None = None
+    ) -> Expert:
+        """An expert of this layer: up [2F or F, D], down [D, F], biases [2F or F] and [D].
+
+        Raises:
+            ValueError: shapes or dtypes are not those of the layer.
+        """
+        rows = self.width * (2 if self.gate.gated else 1)
+        if up.shape != (rows, self.hidden) or down.shape != (self.hidden, self.width):
+            raise ValueError(
+                f"up {up.shape} and down {down.shape} are not {(rows, self.hidden)} and {(self.hidden, self.width)}"
+            )
+        for name, bias, size in (("up", up_bias, rows), ("down", down_bias, self.hidden)):
+            if bias is not None and not _fits(bias, size, self.dtype):
+                raise ValueError(
+                    f"the {name} bias is {tuple(bias.shape)} in {bias.dtype}, not ({size},) in {self.dtype}"
+                )
+        capsule = _C.expert(
+            self._number,
+            up.capsule,
+            down.capsule,
+            None if up_bias is None else up_bias.data_ptr(),
+            None if down_bias is None else down_bias.data_ptr(),
+        )
+        return Expert(capsule, (up, down, up_bias, down_bias))
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        experts: Sequence[Expert],
+        tokens: Sequence[torch.Tensor | None],
+        weights: Sequence[torch.Tensor | None],
+        out: torch.Tensor,
+        *,
+        out_rows: Sequence[int] | None = None,
+    ) -> None:
+        """Add to `out` [T, D] (fp32) what each expert gives for its tokens of `hidden` [T, D], times the weights.
+
+        The sum is made in fp32, expert after expert in the order given, with a rounding after each product and each
+        sum, so it does not matter whether experts come in one call or several. Blocks, without the GIL.
+
+        Args:
+            hidden: in the layer's dtype, contiguous, as `out` is.
+            tokens: for each expert the int64 rows that chose it, each once, or None for all rows.
+            weights: for each expert fp32 weights of those rows, or None for 1.
+            out_rows: for each expert where its rows of `out` begin, which then lie one after the other; `out` may then
+                have any number of rows. None: its rows of `out` are those of `hidden`.
+
+        Raises:
+            ValueError: dtypes, shapes or rows do not fit.
+        """
+        _C.ffn_run(*self._arguments(hidden, experts, tokens, weights, out, out_rows))
+
+    def submit(
+        self,
+        hidden: torch.Tensor,
+        experts: Sequence[Expert],
+        tokens: Sequence[torch.Tensor | None],
+        weights: Sequence[torch.Tensor | None],
+        out: torch.Tensor,
+        *,
+        out_rows: Sequence[int] | None = None,
+    ) -> Handle:
+        """Start what `run` does and return; `hidden`, the weights and `out` belong to the work until it is done."""
+        arguments = self._arguments(hidden, experts, tokens, weights, out, out_rows)
+        return Handle(_C.ffn_submit(*arguments), (hidden, experts, tokens, weights, out))
+
+    def _arguments(
+        self,
+        hidden: torch.Tensor,
+        experts: Sequence[Expert],
+        tokens: Sequence[torch.Tensor | None],
+        weights: Sequence[torch.Tensor | None],
+        out: torch.Tensor,
+        out_rows: Sequence[int] | None,
+    ) -> tuple[Any, ...]:
+        for what, tensor, dtype in (("hidden states", hidden, self.dtype), ("out", out, torch.float32)):
+            if (
+                tensor.dtype != dtype
+                or tensor.dim() != 2
+                or tensor.shape[1] != self.hidden
+                or not tensor.is_contiguous()
+                or not tensor.is_cpu
+            ):
+                raise ValueError(
+                    f"{what} must be contiguous [T, {self.hidden}] in {dtype} on the CPU, not "
+                    f"{list(tensor.shape)} of strides {tensor.stride()} in {tensor.dtype} on {tensor.device}"
+                )
+        rows = hidden.shape[0]
+        begins = out_rows if out_rows is not None else [None] * len(experts)
+        groups = [
+            (expert.capsule, *_addresses(of, weight, rows), begin)
+            for expert, of, weight, begin in zip(experts, tokens, weights, begins, strict=True)
+        ]
+        return (
+            self._gate,
+            self._number,
+            self.hidden,
+            self.width,
+            hidden.data_ptr(),
+            rows,
+            out.data_ptr(),
+            out.shape[0],
+            groups,
+        )
+
+
+def _addresses(
+    tokens: torch.Tensor | None, weights: torch.Tensor | None, rows: int
+) -> tuple[int, int | None, int | None]:
+    """How many tokens there are, and where their rows and weights lie."""
+    count, address = rows, None
+    if tokens is not None:
+        if tokens.dtype != torch.int64 or tokens.dim() != 1 or not tokens.is_contiguous() or not tokens.is_cpu:
+            raise ValueError(f"rows must be contiguous 1-D int64 on the CPU, not {tokens.dtype} {tuple(tokens.shape)}")
+        count, address = tokens.shape[0], tokens.data_ptr() or None
+    if weights is None:
+        return count, address, None
+    if weights.dtype != torch.float32 or weights.shape != (count,) or not weights.is_contiguous() or not weights.is_cpu:
+        raise ValueError(
+            f"weights must be contiguous ({count},) in torch.float32 on the CPU, not {tuple(weights.shape)} in "
+            f"{weights.dtype}"
+        )
+    return count, address, weights.data_ptr() or None

@@ -94,6 +94,9 @@ class OffloadConfig:
     """Read past the page cache (O_DIRECT) where the file system can; a file system that cannot is read through it."""
     preload: bool | None = None
     """Read experts at load until the host tier is full. None: only when all experts fit."""
+    dense_kernels: bool | None = None
+    """Compute the model's dense linear layers with moert's CPU kernels too, where their weights are bf16 or fp16. None:
+    only if the whole model is on the CPU."""
     cache_dir: str | None = None
     """Where `patch` keeps experts that do not fit in host memory (as an unlinked file). None: the temporary folder."""
     debug: bool = False
@@ -113,8 +116,9 @@ class OffloadConfig:
         for option in ("direct_io", "debug"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option}={getattr(self, option)!r} must be True or False")
-        if self.preload is not None and not isinstance(self.preload, bool):
-            raise ConfigError(f"preload={self.preload!r} must be True, False or None")
+        for option in ("preload", "dense_kernels"):
+            if not isinstance(getattr(self, option), (bool, type(None))):
+                raise ConfigError(f"{option}={getattr(self, option)!r} must be True, False or None")
         if self.cache_dir is not None and not isinstance(self.cache_dir, (str, Path)):
             raise ConfigError(f"cache_dir={self.cache_dir!r} must be a folder's path")
 

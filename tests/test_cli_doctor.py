@@ -17,7 +17,15 @@ from moert.cli import probes
 from moert.cli.paths import choose_paths
 from moert.config import OffloadConfig
 
-PARTS = ["expert compute", "disk reads", "host memory", "device memory", "pinned memory", "cache policy"]
+PARTS = [
+    "expert compute",
+    "dense layers",
+    "disk reads",
+    "host memory",
+    "device memory",
+    "pinned memory",
+    "cache policy",
+]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The CPU kernels against double precision: odd sizes, odd addresses, special values, every instruction set here."""
+"""Products on the CPU against double precision: odd sizes and addresses, special values, every ISA here."""
 
 from __future__ import annotations
 
@@ -15,28 +15,20 @@ from hypothesis import strategies as st
 from moert import _C
 from moert.kernels import cpu, reference
 
+DTYPES = tuple(cpu.NUMBERS)
+# Few and many tokens, whole and broken blocks of rows, of tokens and of k.
 SHAPES = [(1, 1, 1), (1, 5, 3), (2, 7, 33), (3, 64, 100), (4, 130, 257), (1, 1024, 512), (4, 6, 16)]
+SHAPES += [(5, 33, 64), (7, 47, 600), (16, 64, 96), (17, 31, 40), (33, 65, 1030), (300, 20, 70)]
 
 
-def usable() -> list[str]:
-    names = []
-    for name in ("avx512", "avx2", "scalar"):
-        try:
-            _C.use_isa(name)
-        except ValueError:
-            continue
-        names.append(name)
-    _C.use_isa(None)
-    return names
-
-
-@pytest.fixture(params=["avx512", "avx2", "scalar"])
+@pytest.fixture(params=cpu.isa_names(usable_only=False))
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in usable():
+    before = cpu.isa()
+    if request.param not in cpu.isa_names():
         pytest.skip(f"this processor has no {request.param}")
-    _C.use_isa(request.param)
+    cpu.use_isa(request.param)
     yield request.param
-    _C.use_isa(None)
+    cpu.use_isa(before)
 
 
 def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -44,48 +36,78 @@ def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = Non
     return y if bias is None else y + bias.double()
 
 
-@pytest.mark.parametrize("dtype", cpu.HALVES, ids=str)
+def bound(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """One rounding to the dtype, and fp32 sums of k products: 2**-24 of the sum of their sizes for each."""
+    sizes = x.double().abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
+    half = 0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
+    return half * exact(x, weight, bias).abs() + (x.shape[1] + 2) * 2.0**-24 * sizes + torch.finfo(x.dtype).tiny
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_is_the_product(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     t, n, k = shape
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(*size, generator=generator).to(dtype) for size in ((t, k), (n, k), (n,)))
     for given_bias in (None, bias):
-        y = cpu.linear(x, weight, given_bias)
-        assert y.dtype == dtype
-        # One rounding to the dtype, and fp32 sums of k products: 2**-24 of the sum of their sizes for each.
-        want = exact(x, weight, given_bias)
-        sizes = x.double().abs() @ weight.double().abs().T + (0 if given_bias is None else given_bias.double().abs())
-        bound = torch.finfo(dtype).eps / 2 * want.abs() + (k + 2) * 2.0**-24 * sizes + torch.finfo(dtype).tiny
-        assert ((y.double() - want).abs() <= bound).all()
+        for transposed in (False, True):
+            stored = weight.T.contiguous() if transposed else weight
+            y = cpu.linear(x, cpu.Matrix("plain", stored, transposed=transposed), given_bias)
+            assert y.dtype == dtype
+            error = (y.double() - exact(x, weight, given_bias)).abs()
+            assert (error <= bound(x, weight, given_bias)).all(), (error / bound(x, weight, given_bias)).max()
 
 
-def test_every_value_of_each_format_is_read_right(isa: str) -> None:
+def test_every_kernel_is_reached() -> None:
+    """What each instruction set computes with, so that the tests above test it."""
+    plain = {dtype: cpu.Matrix("plain", torch.zeros(8, 32, dtype=dtype)) for dtype in DTYPES}
+    before = cpu.isa()
+    try:
+        for name in cpu.isa_names():
+            cpu.use_isa(name)
+            many = plain[torch.bfloat16].kernel_name(33)
+            expected = "avx512 bf16" if name == "avx512_vnni" else f"{name} bf16"
+            assert many == expected
+            assert plain[torch.float32].kernel_name(1).split()[0] == (
+                "avx512" if "avx512" in many or name == "amx" else name
+            )
+    finally:
+        cpu.use_isa(before)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_every_value_of_each_format_is_read_right(isa: str, tokens: int) -> None:
     for dtype in cpu.HALVES:
         bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
         weight = bits.view(dtype).view(-1, 1)
-        padded = torch.zeros(65536, 16, dtype=dtype)  # once in the vector part, once in the tail
+        subnormal = (weight.float().abs() < torch.finfo(dtype).tiny) & (weight != 0)
+        padded = torch.zeros(65536, 64, dtype=dtype)  # once in the vector part, once in the tail
         padded[:, :1] = weight
         for matrix in (weight.contiguous(), padded):
-            x = torch.zeros(1, matrix.shape[1], dtype=dtype)
-            x[0, 0] = 1
-            y = cpu.linear(x, matrix)[0]
+            x = torch.zeros(tokens, matrix.shape[1], dtype=dtype)
+            x[:, 0] = 1
+            y = cpu.linear(x, matrix)[-1]
+            kernel = cpu.Matrix("plain", matrix).kernel_name(tokens)
             same = (y == weight[:, 0]) | (y.isnan() & weight[:, 0].isnan())
+            if kernel in ("amx bf16", "avx512_bf16 bf16"):  # whose instructions take subnormal numbers for zero
+                same |= subnormal[:, 0] & (y == 0)
             assert same.all(), weight[:, 0][~same][:4]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["x", "weight"])
-def test_special_values_go_where_torch_has_them_go(isa: str, bad: float, where: str) -> None:
-    x, weight = torch.randn(2, 40, dtype=torch.bfloat16), torch.randn(9, 40, dtype=torch.bfloat16)
-    (x if where == "x" else weight)[1, 39 if isa == "avx2" else 3] = bad
-    y, want = cpu.linear(x, weight), torch.nn.functional.linear(x, weight)
-    assert torch.equal(y.isnan(), want.isnan())
-    assert torch.equal(y.isinf(), want.isinf())
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_special_values_go_where_torch_has_them_go(isa: str, bad: float, where: str, tokens: int) -> None:
+    for dtype in cpu.HALVES:
+        x, weight = torch.randn(tokens, 40).to(dtype), torch.randn(50, 40).to(dtype)
+        (x if where == "x" else weight)[1, 39 if isa == "avx2" else 3] = bad
+        y, want = cpu.linear(x, weight), torch.nn.functional.linear(x.float(), weight.float())
+        assert torch.equal(y.isnan(), want.isnan())
+        assert torch.equal(y.isinf(), want.isinf())
 
 
-@given(t=st.integers(1, 4), n=st.integers(1, 9), k=st.integers(1, 50), shift=st.integers(0, 31))
-def test_bits_depend_on_neither_address_nor_company(t: int, n: int, k: int, shift: int) -> None:
+@given(t=st.integers(1, 40), n=st.integers(1, 40), k=st.integers(1, 50), shift=st.integers(0, 31))
+def test_bits_do_not_depend_on_address_or_other_rows(t: int, n: int, k: int, shift: int) -> None:
     generator = torch.Generator().manual_seed(n * 100 + k)
     x = torch.randn(t, k, generator=generator).bfloat16()
     weight = torch.randn(n, k, generator=generator).bfloat16()
@@ -93,21 +115,34 @@ def test_bits_depend_on_neither_address_nor_company(t: int, n: int, k: int, shif
     raw = torch.empty(n * k + 32, dtype=torch.bfloat16)
     moved = raw[shift : shift + n * k].view(n, k).copy_(weight)
     assert torch.equal(cpu.linear(x, moved), y)
-    for row in range(t):
-        assert torch.equal(cpu.linear(x[row : row + 1], weight)[0], y[row])
     for column in range(n):
         assert torch.equal(cpu.linear(x, weight[column : column + 1])[:, 0], y[:, column])
+    assert torch.equal(cpu.linear(x.flip(0), weight).flip(0), y)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_bits_do_not_depend_on_threads(tokens: int) -> None:
+    x, weight = torch.randn(tokens, 500).bfloat16(), torch.randn(3000, 500).bfloat16()
+    before = cpu.threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            cpu.set_threads(count)
+            results += [cpu.linear(x, weight) for _ in range(3)]
+    finally:
+        cpu.set_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize(
     ("x", "weight"),
     [
-        (torch.randn(cpu.MOST_ROWS + 1, 8).bfloat16(), torch.randn(4, 8).bfloat16()),
         (torch.randn(2, 8), torch.randn(4, 8)),
         (torch.randn(0, 8).bfloat16(), torch.randn(4, 8).bfloat16()),
         (torch.randn(2, 8).bfloat16(), torch.randn(8, 4).bfloat16().T),
+        (torch.randn(2, 8).double(), torch.randn(4, 8).double()),
     ],
-    ids=["many rows", "fp32", "no rows", "strided weight"],
+    ids=["fp32", "no rows", "strided weight", "fp64"],
 )
 def test_the_rest_is_left_to_torch(x: torch.Tensor, weight: torch.Tensor) -> None:
     assert torch.equal(cpu.linear(x, weight), torch.nn.functional.linear(x, weight))
@@ -116,32 +151,88 @@ def test_the_rest_is_left_to_torch(x: torch.Tensor, weight: torch.Tensor) -> Non
 def test_shapes_that_do_not_fit_are_refused_before_anything_is_read() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         cpu.linear(torch.randn(2, 8).bfloat16(), torch.randn(4, 9).bfloat16())
+    with pytest.raises(ValueError, match=r"x \(2, 8\) in torch.bfloat16 .* does not fit a weight \(4, 9\)"):
+        cpu.linear(torch.randn(2, 8).bfloat16(), cpu.Matrix("plain", torch.randn(4, 9).bfloat16()))
+    with pytest.raises(ValueError, match=r"bias \(3,\) .* 4 rows"):
+        cpu.linear(torch.randn(2, 8), cpu.Matrix("plain", torch.randn(4, 8)), torch.randn(3))
+    with pytest.raises(ValueError, match="weight in bf16 with activations in fp32"):
+        cpu.linear(torch.randn(2, 8), cpu.Matrix("plain", torch.randn(4, 8).bfloat16()))
 
 
-def test_strided_rows_are_read_right() -> None:
-    x = torch.randn(40, 3).bfloat16().T
+def test_any_leading_dimensions_and_strided_rows() -> None:
+    x = torch.randn(40, 3, 2).bfloat16().permute(2, 1, 0)
     weight = torch.randn(6, 40).bfloat16()
-    torch.testing.assert_close(cpu.linear(x, weight).double(), exact(x, weight), rtol=2**-8, atol=1e-4)
+    y = cpu.linear(x, weight)
+    assert y.shape == (2, 3, 6)
+    assert torch.equal(y.view(6, 6), cpu.linear(x.reshape(6, 40), weight))
+    one = cpu.linear(x[0, 0], weight)
+    assert one.shape == (6,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plain", torch.randn(4, 8).double()), r"a plain weight is .*, not torch.float64"),
+        (("plain", torch.randn(4)), r"2 dimensions and numbers in them, not shape \(4,\)"),
+        (("plain", torch.randn(0, 4)), r"not shape \(0, 4\)"),
+        (("plain", torch.randn(8, 4).T), r"contiguous, not of strides \(1, 4\)"),
+        (("plain", torch.empty(4, 8, device="meta")), "on the CPU, not on meta"),
+        (("plain", torch.randn(4, 32), torch.ones(4, 1).half()), "plain has no scales"),
+        (("int3", torch.zeros(4, 32, dtype=torch.int8)), "format 'int3' is unknown"),
+        (("int8", torch.zeros(4, 32, dtype=torch.int8)), "int8 needs scales"),
+        (("int8", torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 1).half()), "stored as torch.int8, not"),
+        (("int8", torch.zeros(4, 32, dtype=torch.int8), torch.ones(4, 1)), "scales of int8 are torch.float16, not"),
+        (("int8", torch.zeros(4, 40, dtype=torch.int8), torch.ones(4, 1).half()), r"\[4, 40\] come in groups of 32"),
+        (("int4", torch.zeros(4, 48, dtype=torch.uint8), torch.ones(4, 2).half()), "groups of 32 or 128"),
+        (("fp8", torch.zeros(4, 130, dtype=torch.uint8), torch.ones(1, 1)), r"have scales \[1, 2\], not \[1, 1\]"),
+        (
+            ("int4", torch.zeros(4, 16, dtype=torch.uint8), torch.ones(4, 1).half(), torch.zeros(4, 2).byte()),
+            r"zero points are uint8 \(4, 1\)",
+        ),
+        (
+            ("int8", torch.zeros(4, 32, dtype=torch.int8), torch.ones(4, 1).half(), torch.zeros(4, 1).byte()),
+            "int8 cannot be given zero points",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_matrix_that_no_kernel_reads_is_refused(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cpu.Matrix(*arguments)  # type: ignore[arg-type]
 
 
 def test_bad_arguments_are_refused() -> None:
     memory = torch.zeros(64)
     good = memory.data_ptr()
-    with pytest.raises(ValueError, match="null, or not multiples"):
-        _C.linear(False, good + 1, good, good, 1, 1, 1)
-    with pytest.raises(ValueError, match="null, or not multiples"):
-        _C.linear(False, good, 0, good, 1, 1, 1)
+    with pytest.raises(ValueError, match=r"weight is at address .* must be a multiple of 2 and not null"):
+        _C.product("bf16", good + 1, 1, 1, good, 1, None, good)
+    with pytest.raises(ValueError, match="x is at address 0"):
+        _C.product("bf16", good, 1, 1, 0, 1, None, good)
     with pytest.raises(ValueError, match="k is -1"):
-        _C.linear(False, good, good, good, 1, 1, -1)
+        _C.product("bf16", good, 1, -1, good, 1, None, good)
     with pytest.raises(ValueError, match="n is"):
-        _C.linear(False, good, good, good, 1, 2**40, 1)
-    with pytest.raises(ValueError, match="instruction set 'sse9' is unknown"):
+        _C.product("bf16", good, 2**40, 1, good, 1, None, good)
+    with pytest.raises(ValueError, match="is empty"):
+        _C.product("bf16", good, 1, 1, good, 0, None, good)
+    with pytest.raises(ValueError, match="number type 'fp8' is unknown"):
+        _C.product("fp8", good, 1, 1, good, 1, None, good)
+    with pytest.raises(ValueError, match="instruction set 'sse9' is unknown or not usable"):
         _C.use_isa("sse9")
+    with pytest.raises(TypeError, match=r"moert\.matrix is wanted"):
+        _C.kernel_name(object(), 1)
+    with pytest.raises(ValueError, match="a matrix of 0 x 4"):
+        _C.matrix("fp32", False, 0, 0, 4, good, None, None)
+    with pytest.raises(ValueError, match="k = 33 is not a multiple of the group of 32"):
+        _C.matrix("int8", False, 32, 4, 33, good, good, None)
+    with pytest.raises(ValueError, match="has no groups of 64"):
+        _C.matrix("int4", False, 64, 4, 64, good, good, None)
+    with pytest.raises(ValueError, match="cannot be transposed"):
+        _C.matrix("int8", True, 32, 4, 32, good, good, None)
 
 
 def test_environment_chooses_the_instruction_set() -> None:
     def run(isa: str) -> subprocess.CompletedProcess[str]:
-        code = "from moert.kernels import cpu; from moert import _C; print(_C.isa())"
+        code = "from moert.kernels import cpu; print(cpu.isa())"
         environment = {**os.environ, "MOERT_ISA": isa}
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 

@@ -117,9 +117,9 @@ def test_neighbours_are_read_at_once_and_used_where_they_land(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", format_names())
 def test_format_keeps_its_word(name: str) -> None:
-    """What `stored` announces is what `encode` makes, and `decode` gives the tensors back."""
+    """What `stored` announces is what `encode` makes, and `decode` gives the tensors back; mxfp4 at a quarter."""
     form = make_format(name)
-    tensors = {"gate_up_proj": torch.randn(32, 64, dtype=torch.bfloat16), "down_proj": torch.randn(64, 16)}
+    tensors = {"gate_up_proj": torch.randn(32, 64, dtype=torch.bfloat16), "down_proj": torch.randn(64, 32)}
     specs = [TensorSpec(key, tuple(value.shape), value.dtype) for key, value in tensors.items()]
     encoded = form.encode(tensors)
     assert {spec.name: (spec.shape, spec.dtype) for spec in form.stored(specs)} == {
@@ -127,7 +127,7 @@ def test_format_keeps_its_word(name: str) -> None:
     }
     for key, value in form.decode(encoded).items():
         assert value.shape == tensors[key].shape
-        assert torch.allclose(value.float(), tensors[key].float(), atol=0.15 * tensors[key].float().abs().max())
+        assert torch.allclose(value.float(), tensors[key].float(), atol=0.26 * tensors[key].float().abs().max())
 
 
 def test_packed_layout_is_aligned_and_disjoint() -> None:

@@ -13,6 +13,7 @@ def choose_paths(document: dict[str, Any], config: OffloadConfig) -> list[dict[s
     """One `{part, path, why}` for each part; `document` is doctor's, without its paths."""
     rows = [
         ("expert compute", *_compute(document)),
+        ("dense layers", *_dense(document, config)),
         ("disk reads", *_reads(document, config)),
         ("host memory", *_arena(document)),
         ("device memory", *_device(document)),
@@ -26,18 +27,22 @@ def _compute(document: dict[str, Any]) -> tuple[str, str]:
     dtype = (document["model"] or {}).get("dtype") or "bfloat16"
     if dtype not in _NATIVE:
         return f"torch CPU kernels in {dtype}", "moert has kernels of its own for 16-bit weights only"
-    from moert.kernels.cpu import MOST_ROWS
-
     features = document["cpu"].get("features", {})
     native = [name for name in _NATIVE[dtype] if features.get(name)]
-    kernel = document["cpu"].get("kernel") or "unknown"
-    path = f"moert's {kernel} kernel for up to {MOST_ROWS} tokens an expert, torch's beyond; {dtype}"
+    path = f"moert's {document['cpu'].get('kernel') or 'unknown'} kernels; {dtype}"
     if native:
-        return path, f"torch multiplies {dtype} with this processor's own instructions ({', '.join(native)})"
-    return (
-        path,
-        f"this processor has no instructions for {dtype}: torch converts on the way, so long prompts are slower",
-    )
+        return path, f"this processor multiplies {dtype} itself ({', '.join(native)})"
+    return path, f"this processor has no instructions for {dtype}: it is converted, so long prompts are slower"
+
+
+def _dense(document: dict[str, Any], config: OffloadConfig) -> tuple[str, str]:
+    dtype = (document["model"] or {}).get("dtype") or "bfloat16"
+    if dtype not in _NATIVE:
+        return f"torch CPU kernels in {dtype}", "moert has kernels of its own for 16-bit weights only"
+    if config.dense_kernels is False:
+        return f"torch CPU kernels in {dtype}", "--no-dense-kernels asks for it"
+    why = "--dense-kernels asks for it" if config.dense_kernels else "if all of the model is on the CPU"
+    return f"as the experts, in {dtype}; torch's where gradients are needed", why
 
 
 def _reads(document: dict[str, Any], config: OffloadConfig) -> tuple[str, str]:

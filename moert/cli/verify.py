@@ -135,7 +135,7 @@ def _run_reference(
     with opened_plain(name, options, experts_implementation="eager") as plain:
         products = None
         if reference.tolerance is SIXTEEN_BIT:
-            products = round_as_moert(plain.model)
+            products = round_as_moert(plain.model, dense_kernels=options.offload.dense_kernels)
             if products is None:
                 warnings.warn(
                     "these experts cannot be made to round where moert does; rounding alone may change a token: "

@@ -9,6 +9,8 @@ import torch
 
 from moert.formats import TensorSpec
 from moert.hf.adapters import ExpertsAdapter
+from moert.hf.gates import search_gate
+from moert.runtime.fused import FusedExperts
 from moert.runtime.layer import LayerSpec
 
 # The names under which the configurations of transformers keep the number of picks per token.
@@ -63,9 +65,36 @@ def make_layers(
             TensorSpec(spec.name, spec.shape, (dtypes or {}).get(f"{path}.{spec.name}", spec.dtype))
             for spec in adapter.specs
         )
-        specs.append(LayerSpec(index, path, adapter.num_experts, tensors, top_k_of(adapter), adapter.num_identity))
+        fused, reason = fuse(adapter, tensors)
+        specs.append(
+            LayerSpec(
+                index,
+                path,
+                adapter.num_experts,
+                tensors,
+                top_k_of(adapter),
+                adapter.num_identity,
+                fused,
+                reason,
+            )
+        )
         layer_of[path] = index
     return Layers(tuple(specs), layer_of)
+
+
+def fuse(adapter: ExpertsAdapter, tensors: tuple[TensorSpec, ...]) -> tuple[FusedExperts | None, str | None]:
+    """The kernels that compute experts of these `tensors` as the module does, or why there are none."""
+    layout = adapter.layout
+    if layout is None:
+        return None, f"an expert of {type(adapter.module).__name__} is more than two products and a gate"
+    if not FusedExperts.can_fuse(tensors):
+        return None, f"its tensors are of different types: {', '.join(sorted({str(spec.dtype) for spec in tensors}))}"
+    shape = next(spec.shape for spec in tensors if spec.name == layout.down)
+    with torch.device("cpu"):  # a model being loaded is built on the meta device
+        search = search_gate(adapter, shape[0] if layout.transposed else shape[1])
+    if search.gate is None:
+        return None, search.reason
+    return FusedExperts(layout, search.gate, tensors), None
 
 
 def top_k_of(adapter: ExpertsAdapter) -> int:

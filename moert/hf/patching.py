@@ -12,6 +12,7 @@ from torch import nn
 from moert.config import OffloadConfig, format_bytes
 from moert.errors import CapacityError, MoertError, UnsupportedModelError
 from moert.hf.adapters import ExpertsAdapter, find_experts
+from moert.hf.dense_compute import give_back, take_over
 from moert.hf.experts import OffloadedExperts
 from moert.hf.layers import Layers, make_layers
 from moert.hf.model import is_marked, mark, offloaded_modules, runtime_of, unmark
@@ -86,6 +87,7 @@ def patch(model: nn.Module, config: OffloadConfig, progress: Progress | None = N
         model.set_submodule(path, module)
     mark(model, runtime, leave=unpatch)
     model.__dict__["_moert_freed"] = freed
+    take_over(model, config.dense_kernels)
     return model
 
 
@@ -110,6 +112,7 @@ def _unpatch_one(model: nn.Module) -> None:
     for path, module in modules.items():
         module.adapter.module.train(module.training)
         model.set_submodule(path, module.adapter.module)
+    give_back(model)
     unmark(model)
     model.__dict__.pop("_moert_freed", None)
     runtime.close("this model has been unpatched; its experts module is in the model again")

@@ -19,6 +19,7 @@ from moert.errors import UnsupportedModelError
 from moert.hf.adapters import ExpertsAdapter, find_experts
 from moert.hf.checkpoint import CheckpointMap
 from moert.hf.dense import own_memory
+from moert.hf.dense_compute import take_over
 from moert.hf.experts import OffloadedExperts
 from moert.hf.layers import Layers, make_layers, tied_modules
 from moert.hf.model import close, mark
@@ -120,6 +121,7 @@ class MoertQuantizer(HfQuantizer):
             assert isinstance(module, OffloadedExperts)
             module.bind(runtime, layer)
         mark(model, runtime, leave=close)
+        take_over(model, self._config.dense_kernels)
         return model
 
 

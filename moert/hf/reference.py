@@ -13,10 +13,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from moert.hf.adapters import ExpertsAdapter, find_experts
+from moert.hf.dense_compute import take_over
+from moert.hf.layers import fuse
 from moert.hf.loading import model_class
 from moert.hf.model import offloaded_modules
 from moert.hf.text import read_settings
 from moert.kernels.cpu import linear
+from moert.runtime.fused import FusedExperts
 
 
 def load_plain(path_or_id: str, *, experts_implementation: str | None = None, **hf_kwargs: Any) -> Any:
@@ -34,14 +37,14 @@ def load_plain(path_or_id: str, *, experts_implementation: str | None = None, **
 
 @dataclass
 class Products:
-    """How far moert's products of 16-bit weights are from torch's, over the products of a run."""
+    """How far what moert's kernels compute with 16-bit weights is from torch's, over the products of a run."""
 
     compared: int = 0
     largest_error_ulps: float = 0.0
     """The largest difference within one product, in units in the last place of the largest number in it."""
 
     def note(self, found: torch.Tensor, expected: torch.Tensor) -> None:
-        """One product, as moert and as torch computes it."""
+        """One product, or one expert's output, as moert and as torch computes it."""
         self.compared += 1
         error = float((found.float() - expected.float()).abs().max())
         unit = float(expected.float().abs().max()) * torch.finfo(expected.dtype).eps
@@ -51,24 +54,34 @@ class Products:
             self.largest_error_ulps = ulps
 
 
-def round_as_moert(model: nn.Module) -> Products | None:
-    """Have a plain model's experts run one at a time by their own eager code, but round where moert does.
+def round_as_moert(model: nn.Module, *, dense_kernels: bool | None = None) -> Products | None:
+    """Have a plain model's experts run one at a time, and round where moert does.
 
     In bf16 and fp16 the order of a sum and the places where it is rounded change the last bits, those change a routing
     that was nearly a tie, and from there on two runs have little in common: transformers' own eager and grouped experts
-    differ like that. So here the outputs of the experts are added in fp32, and the products with 16-bit weights are
-    moert's; each is computed by torch too, and compared. All else stays transformers' own.
+    differ like that. So here the outputs of the experts are added in fp32, and what moert's kernels compute is computed
+    by them: whole experts, or the products of experts with a gate of their own, and the products of the dense layers.
+    Each is computed by the model's own code on torch's products as well, whole experts in fp32, and compared. All else
+    stays transformers' own.
+
+    Args:
+        dense_kernels: as the run that it is held against was configured.
 
     Returns:
         What the products' comparison finds as the model runs; None where it was not done: for experts classes that are
-        called in a way of their own.
+        called in a way of their own. The dense layers are moert's even then.
     """
+    products = Products()
+    take_over(model, dense_kernels, products.note)
     adapters = list(find_experts(model).values())
     if any(type(adapter).flatten is not ExpertsAdapter.flatten or adapter.num_identity for adapter in adapters):
         return None
-    products = Products()
     for adapter in adapters:
-        adapter.module.forward = _one_at_a_time(adapter.module.forward, products)
+        eager = adapter.module.forward
+        fused, _ = fuse(adapter, adapter.specs)
+        adapter.module.forward = _one_at_a_time(
+            _by_products(eager, products) if fused is None else _whole(eager, adapter, fused, products)
+        )
     return products
 
 
@@ -90,7 +103,61 @@ class _MoertProducts(TorchFunctionMode):
         return found
 
 
-def _one_at_a_time(eager: Callable[..., torch.Tensor], products: Products) -> Callable[..., torch.Tensor]:
+class _InFp32(TorchFunctionMode):
+    """While active, products with weights of `dtype` are computed in fp32, of left operands rounded to `dtype`."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__name__", "") in ("linear", "matmul", "__matmul__"):
+            x, *rest = args
+            args = (x.to(self._dtype).float(), *(None if tensor is None else tensor.float() for tensor in rest))
+        return function(*args, **(kwargs or {}))
+
+
+Eager = Callable[..., torch.Tensor]
+"""The forward of an experts module: hidden states, ids, weights -> hidden states."""
+
+OneExpert = Callable[[int, torch.Tensor], torch.Tensor]
+"""(expert, its rows [n, D]) -> what it gives [n, D], not weighted."""
+
+
+def _by_products(eager: Eager, products: Products) -> OneExpert:
+    """The module's own code, whose products are moert's."""
+
+    def run(expert: int, rows: torch.Tensor) -> torch.Tensor:
+        with _MoertProducts(products):
+            return eager(rows, *_only(expert, rows))
+
+    return run
+
+
+def _whole(eager: Eager, adapter: ExpertsAdapter, fused: FusedExperts, products: Products) -> OneExpert:
+    """moert's kernels for whole experts, held against the module's own code, that in fp32."""
+    views = {name: adapter.expert_views(name) for name in adapter.names}
+
+    def run(expert: int, rows: torch.Tensor) -> torch.Tensor:
+        weights = fused.expert({name: experts[expert] for name, experts in views.items()})
+        found = torch.zeros(rows.shape)
+        fused.ffn.run(rows.contiguous(), [weights], [None], [None], found)
+        with _InFp32(rows.dtype):
+            expected = eager(rows.float(), *_only(expert, rows))
+        products.note(found.to(rows.dtype), expected.to(rows.dtype))
+        return found
+
+    return run
+
+
+def _only(expert: int, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and weights that send all rows to one expert."""
+    return torch.full((len(rows), 1), expert), torch.ones(len(rows), 1, dtype=rows.dtype)
+
+
+def _one_at_a_time(one_expert: OneExpert) -> Eager:
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(hidden_states.shape, dtype=torch.float32)
         for expert in top_k_index.unique().tolist():
@@ -98,10 +165,7 @@ def _one_at_a_time(eager: Callable[..., torch.Tensor], products: Products) -> Ca
             rows = picked.any(-1).nonzero().squeeze(1)
             if len(rows):
                 weights = (top_k_weights * picked)[rows].float().sum(-1, keepdim=True)
-                ids = torch.full((len(rows), 1), expert, dtype=top_k_index.dtype)
-                with _MoertProducts(products):
-                    output = eager(hidden_states[rows], ids, torch.ones_like(ids, dtype=top_k_weights.dtype))
-                total.index_add_(0, rows, output.float() * weights)
+                total.index_add_(0, rows, one_expert(expert, hidden_states[rows]).float() * weights)
         return total.to(hidden_states.dtype)
 
     return forward

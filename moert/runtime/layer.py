@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from moert.formats import TensorSpec
+from moert.kernels.cpu import Expert
 from moert.residency import Residency
+from moert.runtime.fused import FusedExperts
 from moert.runtime.records import Record, RecordSource
 from moert.runtime.staging import StagingBuffer, StagingPool
 from moert.runtime.stats import LayerStats
@@ -47,6 +49,10 @@ class LayerSpec:
     """Experts that one token needs at once, as far as the model's configuration says."""
     num_identity: int = 0
     """Experts after the last real one that return their input and have no weights (zero-computation experts)."""
+    fused: FusedExperts | None = field(default=None, compare=False)
+    """The kernels that compute this layer's experts whole; None: they are computed one by one, through the module."""
+    unfused_reason: str | None = None
+    """Why not."""
 
     @property
     def expert_bytes(self) -> int:
@@ -60,10 +66,19 @@ class LayerCache(ABC):
         self.spec = spec
         self.residency = residency
         self.stats = LayerStats(spec.name)
+        self._fused: dict[int, Expert] = {}
 
     @abstractmethod
     def weights(self, expert: int) -> Weights:
         """A resident expert's tensors; valid while it is locked, read-only."""
+
+    def fused_expert(self, expert: int) -> Expert:
+        """A resident expert as the layer's fused kernels take it; valid while it is locked."""
+        found = self._fused.get(expert)
+        if found is None:
+            assert self.spec.fused is not None
+            found = self._fused[expert] = self.spec.fused.expert(self.weights(expert))
+        return found
 
     @abstractmethod
     def _can_submit(self) -> bool:
@@ -86,6 +101,7 @@ class LayerCache(ABC):
             return None
         if admission.victim is not None:
             self.stats.resident_bytes -= self.spec.expert_bytes
+            self._fused.pop(admission.victim.expert, None)
         try:
             return self._submit(expert.expert, admission.slot)
         except BaseException:
@@ -204,5 +220,6 @@ class SlotLayer(LayerCache):
 
     def close(self) -> None:
         """Drop every view of the bank's memory."""
+        self._fused = {}
         self._views = []
         self._slots = []

@@ -15,12 +15,13 @@ from moert.errors import MoertError
 from moert.plan import LayerNeed, default_budget, plan_slots
 from moert.policies import make_policy
 from moert.residency import Residency
+from moert.runtime.compute import Compute
 from moert.runtime.layer import LayerCache, LayerSpec, ParameterLayer, SlotLayer, Weights
 from moert.runtime.preload import Progress, preload
 from moert.runtime.records import RecordSource
 from moert.runtime.staging import StagingPool
 from moert.runtime.stats import LayerStats, Stats
-from moert.runtime.step import Compute, run_step
+from moert.runtime.step import run_step
 from moert.tiers.arena import HostArena, SlotBank
 from moert.tiers.disk import DiskReader
 from moert.tiers.memory import available_bytes

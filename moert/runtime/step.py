@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
 from time import perf_counter
 
 import torch
 
 from moert.errors import MoertError
-from moert.runtime.layer import Fetch, LayerCache, Weights
+from moert.runtime.compute import Compute, ExpertCompute, Fused, OneByOne, add_weighted
+from moert.runtime.layer import Fetch, LayerCache
 from moert.runtime.routing import Group, group_by_expert
 from moert.types import ExpertId
 
-Compute = Callable[[torch.Tensor, Weights], torch.Tensor]
-"""(hidden [T, D], one expert's tensors) -> [T, D]"""
+BATCH_PICKS = 512
+"""While reads are still to be started, a batch ends at the expert that reaches this many picks, so that they are."""
 
 HELD_OUTPUT_BYTES = 64 << 20
 """Outputs of experts that ran before their turn may take this much memory before a step waits for the turn."""
@@ -51,10 +51,12 @@ def run_step(
     spec = layer.spec
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     out = torch.zeros(hidden.shape, dtype=dtype)
-    groups = group_by_expert(top_k_index, top_k_weights, spec.num_experts + spec.num_identity)
+    hidden = hidden.contiguous()
+    groups = group_by_expert(top_k_index, top_k_weights.to(dtype), spec.num_experts + spec.num_identity)
     real = [group for group in groups if group.expert < spec.num_experts]
     if real:
-        step = _Step(layer, compute, hidden, out, real, reads_in_flight)
+        kernels = OneByOne(layer, compute) if spec.fused is None else Fused(layer, spec.fused)
+        step = _Step(layer, kernels, hidden, out, real, reads_in_flight)
         try:
             step.run()
         finally:
@@ -63,19 +65,8 @@ def run_step(
             layer.residency.check_integrity()
     for group in groups[len(real) :]:
         layer.stats.hits += 1
-        _add(out, group, _weighted(group, group.rows(hidden), dtype))
+        add_weighted(group, group.rows(hidden), out)
     return out.to(hidden.dtype)
-
-
-def _weighted(group: Group, output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return output.to(dtype) * group.weights.to(dtype).unsqueeze(1)
-
-
-def _add(out: torch.Tensor, group: Group, part: torch.Tensor) -> None:
-    if group.tokens is None:
-        out += part
-    else:
-        out.index_add_(0, group.tokens, part)
 
 
 class _Step:
@@ -84,21 +75,21 @@ class _Step:
     def __init__(
         self,
         layer: LayerCache,
-        compute: Compute,
+        kernels: ExpertCompute,
         hidden: torch.Tensor,
         out: torch.Tensor,
         groups: list[Group],
         reads_in_flight: int,
     ) -> None:
         self._layer = layer
-        self._compute = compute
+        self._kernels = kernels
         self._hidden = hidden
         self._out = out
         self._groups = groups
         self._ids = [ExpertId(layer.spec.index, group.expert) for group in groups]
         self._reads_in_flight = reads_in_flight
         self._next = 0
-        self._ready: deque[int] = deque()
+        self._ready: set[int] = set()
         self._to_fetch: deque[int] = deque()
         self._reading: dict[int, Fetch] = {}
         self._held: dict[int, torch.Tensor] = {}
@@ -111,15 +102,18 @@ class _Step:
         stats.misses += len(misses)
         missing = set(misses)
         for index, expert in enumerate(self._ids):
-            (self._to_fetch if expert in missing else self._ready).append(index)
+            if expert in missing:
+                self._to_fetch.append(index)
+            else:
+                self._ready.add(index)
         while self._next < len(self._groups):
             self._submit()
             self._collect()
-            turn = self._pick()
-            if turn is None:
-                self._wait()
+            turns = self._pick()
+            if turns:
+                self._compute(turns)
             else:
-                self._run_expert(turn)
+                self._wait()
 
     def close(self) -> None:
         """End the step. After an error or an interrupt no read may still write into a slot when this returns."""
@@ -153,18 +147,26 @@ class _Step:
             del self._reading[turn]
             raise
         del self._reading[turn]
-        self._ready.append(turn)
+        self._ready.add(turn)
 
-    def _pick(self) -> int | None:
-        """The expert to run now: the one whose turn it is, else another one unless too many outputs are held."""
-        if not self._ready:
-            return None
+    def _pick(self) -> list[int]:
+        """The experts to run now: those whose turn it is, else others unless too many outputs are held."""
+        turns: list[int] = []
         if self._next in self._ready:
-            return self._next
+            turn, picks = self._next, 0
+            while turn in self._ready and not (self._to_fetch and picks >= BATCH_PICKS):
+                turns.append(turn)
+                picks += self._groups[turn].weights.shape[0]
+                turn += 1
+            return turns
         blocked = bool(self._to_fetch) and not self._layer.residency.can_admit()
-        if self._held_bytes < HELD_OUTPUT_BYTES or blocked or not self._reading:
-            return min(self._ready)
-        return None
+        held_bytes = self._held_bytes
+        for turn in sorted(self._ready):
+            if held_bytes >= HELD_OUTPUT_BYTES and not (not turns and (blocked or not self._reading)):
+                break
+            turns.append(turn)
+            held_bytes += self._groups[turn].weights.shape[0] * self._out.shape[1] * self._out.element_size()
+        return turns
 
     def _wait(self) -> None:
         begin = perf_counter()
@@ -173,23 +175,22 @@ class _Step:
         finally:
             self._layer.stats.stall_s += perf_counter() - begin
 
-    def _run_expert(self, turn: int) -> None:
+    def _compute(self, turns: list[int]) -> None:
         begin = perf_counter()
-        group = self._groups[turn]
-        self._ready.remove(turn)
-        output = self._compute(group.rows(self._hidden), self._layer.weights(group.expert))
-        self._layer.residency.release(self._ids[turn])
-        if turn == self._next:
-            self._finish(group, output)
-            while self._next in self._held:
-                held = self._held.pop(self._next)
-                self._held_bytes -= held.nbytes
-                self._finish(self._groups[self._next], held)
+        groups = [self._groups[turn] for turn in turns]
+        self._ready.difference_update(turns)
+        if turns[0] == self._next:
+            self._kernels.add(groups, self._hidden, self._out)
+            self._next += len(turns)
         else:
-            self._held[turn] = output
-            self._held_bytes += output.nbytes
+            for turn, output in zip(turns, self._kernels.outputs(groups, self._hidden), strict=True):
+                self._held[turn] = output
+                self._held_bytes += output.nbytes
+        for turn in turns:
+            self._layer.residency.release(self._ids[turn])
+        while self._next in self._held:
+            held = self._held.pop(self._next)
+            self._held_bytes -= held.nbytes
+            add_weighted(self._groups[self._next], held, self._out)
+            self._next += 1
         self._layer.stats.compute_s += perf_counter() - begin
-
-    def _finish(self, group: Group, output: torch.Tensor) -> None:
-        _add(self._out, group, _weighted(group, output, self._out.dtype))
-        self._next += 1

@@ -11,6 +11,7 @@ from torch import nn
 
 from moert.errors import UnsupportedModelError
 from moert.formats import TensorSpec
+from moert.runtime.fused import FfnLayout
 
 PLAIN_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -46,6 +47,14 @@ class ExpertsAdapter(ABC):
     @abstractmethod
     def compute(self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One expert: [T, D] -> [T, D], not yet weighted by the router. `weights` are as `names` and `specs` say."""
+
+    @property
+    def layout(self) -> FfnLayout | None:
+        """Which tensors an expert's products take; None where an expert is more than two products and a gate.
+
+        With a layout, and a gate that the kernels have, experts are computed by the fused kernels and not by `compute`.
+        """
+        return None
 
     def expert_shape(self, name: str) -> tuple[int, ...]:
         """The shape of one expert's part of the stacked parameter `name`."""

@@ -11,6 +11,7 @@ from moert.errors import UnsupportedModelError
 from moert.hf.adapters.base import ExpertsAdapter
 from moert.kernels.cpu import linear
 from moert.kernels.reference import expert_ffn
+from moert.runtime.fused import FfnLayout
 
 KNOWN_FLAGS = {
     "has_gate",
@@ -50,6 +51,12 @@ class HookedExperts(ExpertsAdapter):
     def names(self) -> tuple[str, ...]:
         names = (self.up_name, "down_proj")
         return (*names, *(f"{name}_bias" for name in names)) if self.has_bias else names
+
+    @property
+    def layout(self) -> FfnLayout | None:
+        if getattr(self.module, "has_post_expert_norm", False):
+            return None
+        return FfnLayout(self.up_name, "down_proj", self.is_transposed)
 
     def compute(self, hidden: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
         activation = self.module._apply_gate if self.has_gate else self.module.act_fn

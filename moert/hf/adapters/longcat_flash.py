@@ -10,12 +10,14 @@ from torch import nn
 from moert.hf.adapters.base import ExpertsAdapter
 from moert.kernels.cpu import linear
 from moert.kernels.reference import expert_ffn
+from moert.runtime.fused import FfnLayout
 
 
 class LongcatFlash(ExpertsAdapter):
     """`gate_up_proj` has rows for all experts, `down_proj` for the routed ones; ids after those mean "the input"."""
 
     names = ("gate_up_proj", "down_proj")
+    layout = FfnLayout()
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)

@@ -10,12 +10,14 @@ from torch import nn
 from moert.hf.adapters.base import ExpertsAdapter
 from moert.kernels.cpu import linear
 from moert.kernels.reference import expert_ffn
+from moert.runtime.fused import FfnLayout
 
 
 class Step3p7(ExpertsAdapter):
     """Stacked `gate_up_proj` and `down_proj`; the gate clamps after the activation, with a limit for each layer."""
 
     names = ("gate_up_proj", "down_proj")
+    layout = FfnLayout()
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)

@@ -1,0 +1,49 @@
+"""Experts that csrc/ computes whole: which of a layer's tensors are what, and one expert of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moert.formats import TensorSpec
+from moert.kernels.cpu import Expert, ExpertFfn, matrix
+from moert.kernels.cpu_matrix import NUMBERS
+from moert.kernels.gate import Gate
+
+
+@dataclass(frozen=True)
+class FfnLayout:
+    """Where an expert's up and down products are among its tensors; biases are called "..._bias"."""
+
+    up: str = "gate_up_proj"
+    down: str = "down_proj"
+    transposed: bool = False
+    """Weights are [D, U] and [F, D]."""
+
+
+class FusedExperts:
+    """The experts of one layer, for the kernels that compute a step of them at once."""
+
+    def __init__(self, layout: FfnLayout, gate: Gate, specs: Sequence[TensorSpec]) -> None:
+        """`specs` are one expert's tensors; `can_fuse` holds for them."""
+        shapes = {spec.name: spec.shape for spec in specs}
+        width, hidden = shapes[layout.down] if layout.transposed else reversed(shapes[layout.down])
+        self._layout = layout
+        self.ffn = ExpertFfn(gate, hidden, width, specs[0].dtype)
+
+    @staticmethod
+    def can_fuse(specs: Sequence[TensorSpec]) -> bool:
+        """Whether all tensors are of one type that the kernels read."""
+        return len({spec.dtype for spec in specs}) == 1 and specs[0].dtype in NUMBERS
+
+    def expert(self, weights: Mapping[str, torch.Tensor]) -> Expert:
+        """One expert of these tensors, which it keeps alive."""
+        layout = self._layout
+        return self.ffn.expert(
+            matrix("plain", weights, layout.up, transposed=layout.transposed),
+            matrix("plain", weights, layout.down, transposed=layout.transposed),
+            weights.get(f"{layout.up}_bias"),
+            weights.get(f"{layout.down}_bias"),
+        )
