@@ -5,25 +5,30 @@
 #include "isa.h"
 #include "packed.h"
 #include "scratch.h"
+#include "split.h"
 
 namespace moert {
 namespace {
 
-constexpr int64_t kMostRows = 128;                    // of h, or of out, that one task makes
 constexpr int64_t kTokensAtOnce = 256;                // tokens whose products one thread holds
 constexpr int64_t kMostTokens = 4096;                 // of a part
 constexpr int64_t kScratchBytes = int64_t{48} << 20;  // of a batch, unless one part alone needs more
 
-int64_t tiles_of(int64_t rows, int64_t tile) {
-    return (rows + tile - 1) / tile;
+// Rows of a task with that many tokens at once, so that their products stay in the second cache.
+int64_t most_rows(int64_t tokens) {
+    return std::clamp<int64_t>((int64_t{1} << 15) / tokens / 32 * 32, 128, kMostRows);
 }
 
-// Rows of a task: many, as they are read one after the other, but few enough that every thread has some tasks to do
-// and none waits long for the last one.
-int64_t tile_for(int64_t rows, int64_t times) {
-    int64_t tile = kMostRows;
-    while (tile > 32 && tiles_of(rows, tile) * times < 16 * threads()) tile /= 2;
-    return tile;
+// Asks for the beginning of the rows from `row` on, which will be read soon: a kernel looks ahead within the rows that
+// it is given, and each leap to others would wait for memory anew.
+void announce(const Matrix& w, int64_t row) {
+    if (w.transposed || row >= w.n) return;
+    const auto fetch = [](const uint8_t* from, int64_t nbytes) {
+        for (int64_t i = 0; i < nbytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+    };
+    fetch(w.data + row * (weight_bytes(w) / w.n), 1024);
+    if (w.group != 0 && w.format != Format::kFp8)
+        fetch(w.scales + row * (w.k / w.group) * (w.format == Format::kMxfp4 ? 1 : 2), 128);
 }
 
 // Some tokens of a group, and where its packed x, h and packed h are in the scratch memory.
@@ -45,7 +50,7 @@ struct Part {
 struct Batch {
     std::vector<Part> parts;
     int64_t blocks = 0, nbytes = 0;
-    int64_t up_tile = 0, down_tile = 0;  // rows of a task
+    std::vector<Rows> up, down;  // tasks
 };
 
 class Ffn final : public Work {
@@ -57,8 +62,11 @@ class Ffn final : public Work {
         int64_t most = 0;
         for (Batch& batch : batches_) {
             most = std::max(most, batch.nbytes);
-            batch.up_tile = tile_for(step_.width, static_cast<int64_t>(batch.parts.size()));
-            batch.down_tile = tile_for(step_.hidden, 1);
+            int64_t tokens = 1;
+            for (const Part& part : batch.parts) tokens = std::max(tokens, std::min(part.tokens, kTokensAtOnce));
+            const int64_t rows = most_rows(tokens);
+            batch.up = share_out(static_cast<int64_t>(batch.parts.size()), step_.width, rows, threads());
+            batch.down = share_out(1, step_.hidden, rows, threads());
         }
         scratch_ = std::make_unique<Scratch>(static_cast<size_t>(most));
     }
@@ -69,9 +77,9 @@ class Ffn final : public Work {
         const Batch& batch = batches_[static_cast<size_t>(phase / 4)];
         switch (phase % 4) {
             case 1:
-                return static_cast<int64_t>(batch.parts.size()) * tiles_of(step_.width, batch.up_tile);
+                return static_cast<int64_t>(batch.up.size());
             case 3:
-                return tiles_of(step_.hidden, batch.down_tile);
+                return static_cast<int64_t>(batch.down.size());
             default:
                 return batch.blocks;
         }
@@ -83,13 +91,13 @@ class Ffn final : public Work {
             case 0:
                 return pack(batch, task, false);
             case 1: {
-                const int64_t tiles = tiles_of(step_.width, batch.up_tile);
-                return up(batch.parts[static_cast<size_t>(task / tiles)], task % tiles * batch.up_tile, batch.up_tile);
+                const Rows& rows = batch.up[static_cast<size_t>(task)];
+                return up(batch.parts[static_cast<size_t>(rows.part)], rows.begin, rows.count);
             }
             case 2:
                 return pack(batch, task, true);
             default:
-                return down(batch, task * batch.down_tile);
+                return down(batch, batch.down[static_cast<size_t>(task)]);
         }
     }
 
@@ -147,13 +155,13 @@ class Ffn final : public Work {
             body(token, std::min(kTokensAtOnce, tokens - token));
     }
 
-    void up(const Part& part, int64_t begin, int64_t tile) {
-        const int64_t width = step_.width, count = std::min(tile, width - begin);
+    void up(const Part& part, int64_t begin, int64_t count) {
+        const int64_t width = step_.width;
         const Gate& gate = step_.gate;
         const Matrix& w = part.group->expert.up;
         const uint8_t* bias = part.group->expert.up_bias;
         const Pointwise& each = pointwise();
-        const int64_t stride = 2 * tile;
+        const int64_t stride = 2 * count;
         float biases[2 * kMostRows];
         const auto load_bias = [&](int64_t from, int64_t n, float* to) {
             each.widen(step_.number, bias + from * bytes_of(step_.number), to, n);
@@ -161,7 +169,7 @@ class Ffn final : public Work {
         const bool split = gate.gated && !gate.interleaved;
         if (bias != nullptr) {
             load_bias(gate.interleaved ? 2 * begin : begin, gate.interleaved ? 2 * count : count, biases);
-            if (split) load_bias(width + begin, count, biases + tile);
+            if (split) load_bias(width + begin, count, biases + count);
         }
         for_token_chunks(part.tokens, [&](int64_t token, int64_t tokens) {
             const uint8_t* x = at(part.x_at) + token / kTokenBlock * part.up->block_bytes(step_.hidden);
@@ -169,33 +177,36 @@ class Ffn final : public Work {
             if (gate.interleaved) {
                 part.up->rows(w, 2 * begin, 2 * (begin + count), x, tokens, y, stride);
             } else {
+                if (split) announce(w, width + begin);
                 part.up->rows(w, begin, begin + count, x, tokens, y, stride);
-                if (split) part.up->rows(w, width + begin, width + begin + count, x, tokens, y + tile, stride);
+                if (split) part.up->rows(w, width + begin, width + begin + count, x, tokens, y + count, stride);
             }
             for (int64_t i = 0; i < tokens; ++i, y += stride) {
                 if (bias != nullptr) {
                     each.add(y, biases, gate.interleaved ? 2 * count : count);
-                    if (split) each.add(y + tile, biases + tile, count);
+                    if (split) each.add(y + count, biases + count, count);
                 }
                 float* h = h_of(part) + (token + i) * width + begin;
-                each.gate(gate, y, gate.interleaved ? y + 1 : y + tile, gate.interleaved ? 2 : 1, h, count);
+                each.gate(gate, y, gate.interleaved ? y + 1 : y + count, gate.interleaved ? 2 : 1, h, count);
                 each.round(h, step_.number, count);
             }
         });
     }
 
-    void down(const Batch& batch, int64_t begin) {
-        const int64_t tile = batch.down_tile, count = std::min(tile, step_.hidden - begin);
+    void down(const Batch& batch, const Rows& rows) {
+        const int64_t begin = rows.begin, count = rows.count;
         const Pointwise& each = pointwise();
-        for (const Part& part : batch.parts) {
+        for (size_t i = 0; i < batch.parts.size(); ++i) {
+            const Part& part = batch.parts[i];
+            if (i + 1 < batch.parts.size()) announce(batch.parts[i + 1].group->expert.down, begin);
             const uint8_t* bias = part.group->expert.down_bias;
             float biases[kMostRows];
             if (bias != nullptr) each.widen(step_.number, bias + begin * bytes_of(step_.number), biases, count);
             for_token_chunks(part.tokens, [&](int64_t token, int64_t tokens) {
                 const uint8_t* h = at(part.packed_at) + token / kTokenBlock * part.down->block_bytes(step_.width);
-                float* y = thread_floats(static_cast<size_t>(tokens * tile));
-                part.down->rows(part.group->expert.down, begin, begin + count, h, tokens, y, tile);
-                for (int64_t i = 0; i < tokens; ++i, y += tile) {
+                float* y = thread_floats(static_cast<size_t>(tokens * count));
+                part.down->rows(part.group->expert.down, begin, begin + count, h, tokens, y, count);
+                for (int64_t i = 0; i < tokens; ++i, y += count) {
                     if (bias != nullptr) each.add(y, biases, count);
                     each.add_weighted(step_.out + part.out_row(token + i) * step_.hidden + begin, y,
                                       part.weight(token + i), count);
@@ -219,7 +230,7 @@ class Linear final : public Work {
     int phases() const override { return 2; }
 
     int64_t tasks(int phase) const override {
-        return phase == 0 ? blocks_of(product_.tokens) : tiles_of(product_.w.n, tile_);
+        return phase == 0 ? blocks_of(product_.tokens) : static_cast<int64_t>(tasks_.size());
     }
 
     void run(int phase, int64_t task) override {
@@ -227,17 +238,17 @@ class Linear final : public Work {
         if (phase == 0)
             return pack_block(kernel_, product_.number, product_.x, nullptr, product_.tokens, w.k, task,
                               scratch_.data());
-        const int64_t begin = task * tile_, count = std::min(tile_, w.n - begin);
+        const auto [part, begin, count] = tasks_[static_cast<size_t>(task)];
         const int64_t size = bytes_of(product_.number);
         const Pointwise& each = pointwise();
         float biases[kMostRows];
         if (product_.bias != nullptr) each.widen(product_.number, product_.bias + begin * size, biases, count);
         for (int64_t token = 0; token < product_.tokens; token += kTokensAtOnce) {
             const int64_t tokens = std::min(kTokensAtOnce, product_.tokens - token);
-            float* y = thread_floats(static_cast<size_t>(tokens * tile_));
+            float* y = thread_floats(static_cast<size_t>(tokens * count));
             kernel_.rows(w, begin, begin + count, scratch_.data() + token / kTokenBlock * kernel_.block_bytes(w.k),
-                         tokens, y, tile_);
-            for (int64_t i = 0; i < tokens; ++i, y += tile_) {
+                         tokens, y, count);
+            for (int64_t i = 0; i < tokens; ++i, y += count) {
                 if (product_.bias != nullptr) each.add(y, biases, count);
                 each.narrow(y, product_.number, product_.y + ((token + i) * w.n + begin) * size, count);
             }
@@ -247,7 +258,8 @@ class Linear final : public Work {
   private:
     const Product product_;
     const Kernel& kernel_;
-    const int64_t tile_ = tile_for(product_.w.n, 1);
+    const std::vector<Rows> tasks_ =
+        share_out(1, product_.w.n, most_rows(std::min(product_.tokens, kTokensAtOnce)), threads());
     const Scratch scratch_;
 };
 

@@ -57,6 +57,7 @@ std::unique_ptr<Work> make_linear(const Product& product);
 // Bytes of weights below which waking another thread costs more than it saves.
 constexpr int64_t kWorthSharing = 192 << 10;
 
+// Of the codes of a weight, without scales.
 int64_t weight_bytes(const Matrix& w);
 
 }  // namespace moert

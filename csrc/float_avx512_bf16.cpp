@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kMostTokens = 8;
 constexpr int64_t kLanes = 32;
+constexpr int64_t kTileRows = 48;  // that stay in the second cache while all tokens pass by
 constexpr int64_t kPrefetchBytes = 1024;
 
 // Rows of the weight that share each load of x: all sums of a block must fit in the registers.
@@ -53,15 +54,17 @@ inline void rows_block(const uint8_t* weight, int64_t row_bytes, const uint8_t* 
         const int64_t left = k - i;
         const __mmask32 there = left >= kLanes ? 0xffffffffu : (1u << left) - 1;
         __m512bh w[kRows];
-        for (int row = 0; row < kRows; ++row) {
+        // Without these GCC keeps the sums in memory.
+        _Pragma("GCC unroll 8") for (int row = 0; row < kRows; ++row) {
             const uint8_t* numbers = weight + row * row_bytes + i * 2;
             _mm_prefetch(reinterpret_cast<const char*>(numbers + ahead), _MM_HINT_T0);
             w[row] = reinterpret_cast<__m512bh>(left >= kLanes ? _mm512_loadu_si512(numbers)
                                                                : _mm512_maskz_loadu_epi16(there, numbers));
         }
-        for (int token = 0; token < kTokens; ++token) {
+        _Pragma("GCC unroll 8") for (int token = 0; token < kTokens; ++token) {
             const __m512bh value = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + token * x_bytes + i * 2));
-            for (int row = 0; row < kRows; ++row) sums[row][token] = _mm512_dpbf16_ps(sums[row][token], w[row], value);
+            _Pragma("GCC unroll 8") for (int row = 0; row < kRows; ++row) sums[row][token] =
+                _mm512_dpbf16_ps(sums[row][token], w[row], value);
         }
     }
     for (int row = 0; row < kRows; ++row)
@@ -69,49 +72,54 @@ inline void rows_block(const uint8_t* weight, int64_t row_bytes, const uint8_t* 
             y[token * y_stride + row] = _mm512_reduce_add_ps(sums[row][token]);
 }
 
+// Rows [begin, end); those up to `limit` will be wanted next.
 template <int kTokens>
-inline void some_tokens(const Matrix& w, int64_t begin, int64_t end, const uint8_t* x, float* y, int64_t y_stride) {
+inline void some_tokens(const Matrix& w, int64_t begin, int64_t end, int64_t limit, const uint8_t* x, float* y,
+                        int64_t y_stride) {
     constexpr int kRows = row_block(kTokens);
     const int64_t row_bytes = w.k * 2, x_bytes = padded(w.k) * 2;
     int64_t row = begin;
     for (; row + kRows <= end; row += kRows)
         rows_block<kRows, kTokens>(w.data + row * row_bytes, row_bytes, x, x_bytes, w.k, y + row - begin, y_stride,
-                                   row + 2 * kRows <= end);
+                                   row + 2 * kRows <= limit);
     for (; row < end; ++row)
         rows_block<1, kTokens>(w.data + row * row_bytes, row_bytes, x, x_bytes, w.k, y + row - begin, y_stride, false);
 }
 
 void rows(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packed, int64_t tokens, float* y,
           int64_t y_stride) {
-    int64_t passes = (tokens + kMostTokens - 1) / kMostTokens;
-    for (int64_t token = 0, count; token < tokens; token += count, --passes) {
-        count = (tokens - token + passes - 1) / passes;
-        const uint8_t* x = packed + token * padded(w.k) * 2;
-        float* to = y + token * y_stride;
-        switch (count) {
-            case 1:
-                some_tokens<1>(w, begin, end, x, to, y_stride);
-                break;
-            case 2:
-                some_tokens<2>(w, begin, end, x, to, y_stride);
-                break;
-            case 3:
-                some_tokens<3>(w, begin, end, x, to, y_stride);
-                break;
-            case 4:
-                some_tokens<4>(w, begin, end, x, to, y_stride);
-                break;
-            case 5:
-                some_tokens<5>(w, begin, end, x, to, y_stride);
-                break;
-            case 6:
-                some_tokens<6>(w, begin, end, x, to, y_stride);
-                break;
-            case 7:
-                some_tokens<7>(w, begin, end, x, to, y_stride);
-                break;
-            default:
-                some_tokens<kMostTokens>(w, begin, end, x, to, y_stride);
+    for (int64_t row = begin; row < end; row += kTileRows) {
+        const int64_t row_end = row + kTileRows < end ? row + kTileRows : end;
+        int64_t passes = (tokens + kMostTokens - 1) / kMostTokens;
+        for (int64_t token = 0, count; token < tokens; token += count, --passes) {
+            count = (tokens - token + passes - 1) / passes;
+            const uint8_t* x = packed + token * padded(w.k) * 2;
+            float* to = y + token * y_stride + row - begin;
+            switch (count) {
+                case 1:
+                    some_tokens<1>(w, row, row_end, end, x, to, y_stride);
+                    break;
+                case 2:
+                    some_tokens<2>(w, row, row_end, end, x, to, y_stride);
+                    break;
+                case 3:
+                    some_tokens<3>(w, row, row_end, end, x, to, y_stride);
+                    break;
+                case 4:
+                    some_tokens<4>(w, row, row_end, end, x, to, y_stride);
+                    break;
+                case 5:
+                    some_tokens<5>(w, row, row_end, end, x, to, y_stride);
+                    break;
+                case 6:
+                    some_tokens<6>(w, row, row_end, end, x, to, y_stride);
+                    break;
+                case 7:
+                    some_tokens<7>(w, row, row_end, end, x, to, y_stride);
+                    break;
+                default:
+                    some_tokens<kMostTokens>(w, row, row_end, end, x, to, y_stride);
+            }
         }
     }
 }

@@ -84,35 +84,30 @@ inline void rows_block(const uint8_t* weight, int64_t row_bytes, const float* x,
     }
 }
 
+// Rows [begin, end), at most kTileRows of them; those up to `limit` will be wanted next.
 template <Format kFormat, int kTokens>
-inline void rows_of_tokens(const Matrix& w, int64_t begin, int64_t end, const float* x, int64_t x_stride, int64_t chunk,
-                           float* y, int64_t y_stride) {
+inline void rows_of_tokens(const Matrix& w, int64_t begin, int64_t end, int64_t limit, const float* x, int64_t x_stride,
+                           int64_t chunk, float* y, int64_t y_stride) {
     const int64_t row_bytes = w.k * bytes_of<kFormat>();
-    constexpr int kRows = kRowBlock;
     alignas(64) float partial[kTileRows * kTokens * Vec::kLanes];
-    for (int64_t tile = begin; tile < end; tile += kTileRows) {
-        const int64_t tile_end = tile + kTileRows < end ? tile + kTileRows : end;
-        for (int64_t from = 0; from < w.k; from += chunk) {
-            const int64_t to = from + chunk < w.k ? from + chunk : w.k;
-            float* sums = partial;
-            int64_t row = tile;
-            for (; row + kRows <= tile_end; row += kRows, sums += kRows * kTokens * Vec::kLanes)
-                rows_block<kFormat, kRows, kTokens>(w.data + row * row_bytes, row_bytes, x, x_stride, from, to, w.k,
-                                                    sums, y + row - begin, y_stride, row + 2 * kRows <= end);
-            for (; row < tile_end; ++row, sums += kTokens * Vec::kLanes)
-                rows_block<kFormat, 1, kTokens>(w.data + row * row_bytes, row_bytes, x, x_stride, from, to, w.k, sums,
-                                                y + row - begin, y_stride, false);
-        }
+    for (int64_t from = 0; from < w.k; from += chunk) {
+        const int64_t to = from + chunk < w.k ? from + chunk : w.k;
+        float* sums = partial;
+        int64_t row = begin;
+        for (; row + kRowBlock <= end; row += kRowBlock, sums += kRowBlock * kTokens * Vec::kLanes)
+            rows_block<kFormat, kRowBlock, kTokens>(w.data + row * row_bytes, row_bytes, x, x_stride, from, to, w.k,
+                                                    sums, y + row - begin, y_stride, row + 2 * kRowBlock <= limit);
+        for (; row < end; ++row, sums += kTokens * Vec::kLanes)
+            rows_block<kFormat, 1, kTokens>(w.data + row * row_bytes, row_bytes, x, x_stride, from, to, w.k, sums,
+                                            y + row - begin, y_stride, false);
     }
 }
 
-constexpr int64_t kColumnBlock = 4 * Vec::kLanes;  // rows of a transposed weight, which lie side by side
-
-// Up to kColumnBlock rows of a transposed weight [k, n]: those rows in lanes, a number of x for all of them.
-template <Format kFormat, int kTokens>
+// Rows of a transposed weight [k, n], kVectors whole vectors of them or `count` in one: the rows in lanes, a number of
+// x for all of them.
+template <Format kFormat, int kVectors, bool kWhole, int kTokens>
 inline void columns_block(const Matrix& w, int64_t begin, int64_t count, const float* x, int64_t x_stride, float* y,
                           int64_t y_stride) {
-    constexpr int kVectors = 4;
     typename Vec::Reg sums[kVectors][kTokens];
     for (int v = 0; v < kVectors; ++v)
         for (int token = 0; token < kTokens; ++token) sums[v][token] = Vec::zero();
@@ -120,26 +115,27 @@ inline void columns_block(const Matrix& w, int64_t begin, int64_t count, const f
     const uint8_t* numbers = w.data + begin * bytes_of<kFormat>();
     const int64_t ahead = step < 2048 ? (2048 / step + 1) * step : 4 * step;
     for (int64_t i = 0; i < w.k; ++i, numbers += step) {
+        typename Vec::Reg values[kTokens];
+        for (int token = 0; token < kTokens; ++token) values[token] = Vec::broadcast(x[token * x_stride + i]);
         for (int v = 0; v < kVectors; ++v) {
-            const int64_t left = count - v * Vec::kLanes;
-            if (left <= 0) break;
             const uint8_t* at = numbers + v * Vec::kLanes * bytes_of<kFormat>();
             Vec::prefetch(at + ahead);
-            const typename Vec::Reg weights = left >= Vec::kLanes
-                                                  ? Vec::template weights<kFormat>(at)
-                                                  : Vec::template weights_tail<kFormat>(at, static_cast<int>(left));
+            const typename Vec::Reg weights = kWhole ? Vec::template weights<kFormat>(at)
+                                                     : Vec::template weights_tail<kFormat>(at, static_cast<int>(count));
             for (int token = 0; token < kTokens; ++token)
-                sums[v][token] = Vec::fma(weights, Vec::broadcast(x[token * x_stride + i]), sums[v][token]);
+                sums[v][token] = Vec::fma(weights, values[token], sums[v][token]);
         }
     }
-    float lanes[Vec::kLanes];
     for (int token = 0; token < kTokens; ++token) {
         for (int v = 0; v < kVectors; ++v) {
-            const int64_t left = count - v * Vec::kLanes;
-            if (left <= 0) break;
-            Vec::store(lanes, sums[v][token]);
-            for (int64_t lane = 0; lane < (left < Vec::kLanes ? left : Vec::kLanes); ++lane)
-                y[token * y_stride + v * Vec::kLanes + lane] = lanes[lane];
+            float* to = y + token * y_stride + v * Vec::kLanes;
+            if (kWhole) {
+                Vec::store(to, sums[v][token]);
+            } else {
+                float lanes[Vec::kLanes];
+                Vec::store(lanes, sums[v][token]);
+                for (int64_t lane = 0; lane < count; ++lane) to[lane] = lanes[lane];
+            }
         }
     }
 }
@@ -147,17 +143,21 @@ inline void columns_block(const Matrix& w, int64_t begin, int64_t count, const f
 template <Format kFormat, int kTokens>
 inline void columns_of_tokens(const Matrix& w, int64_t begin, int64_t end, const float* x, int64_t x_stride, float* y,
                               int64_t y_stride) {
-    for (int64_t column = begin; column < end; column += kColumnBlock) {
-        const int64_t count = end - column < kColumnBlock ? end - column : kColumnBlock;
-        columns_block<kFormat, kTokens>(w, column, count, x, x_stride, y + column - begin, y_stride);
-    }
+    constexpr int64_t kBlock = 4 * Vec::kLanes;
+    int64_t column = begin;
+    for (; column + kBlock <= end; column += kBlock)
+        columns_block<kFormat, 4, true, kTokens>(w, column, kBlock, x, x_stride, y + column - begin, y_stride);
+    for (; column + Vec::kLanes <= end; column += Vec::kLanes)
+        columns_block<kFormat, 1, true, kTokens>(w, column, Vec::kLanes, x, x_stride, y + column - begin, y_stride);
+    if (column < end)
+        columns_block<kFormat, 1, false, kTokens>(w, column, end - column, x, x_stride, y + column - begin, y_stride);
 }
 
 template <Format kFormat, bool kTransposed, int kTokens>
-inline void some_tokens(const Matrix& w, int64_t begin, int64_t end, const float* x, int64_t x_stride, int64_t chunk,
-                        float* y, int64_t y_stride) {
+inline void some_tokens(const Matrix& w, int64_t begin, int64_t end, int64_t limit, const float* x, int64_t x_stride,
+                        int64_t chunk, float* y, int64_t y_stride) {
     if (kTransposed) return columns_of_tokens<kFormat, kTokens>(w, begin, end, x, x_stride, y, y_stride);
-    rows_of_tokens<kFormat, kTokens>(w, begin, end, x, x_stride, chunk, y, y_stride);
+    rows_of_tokens<kFormat, kTokens>(w, begin, end, limit, x, x_stride, chunk, y, y_stride);
 }
 
 template <Format kFormat, bool kTransposed>
@@ -167,29 +167,36 @@ void rows_fp32(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packe
     const int64_t stride = padded(w.k);
     const float* x = reinterpret_cast<const float*>(packed);  // blocks are full but for the last: rows at one stride
     const int64_t chunk = tokens > kMost ? kChunk : w.k;
-    int64_t passes = (tokens + kMost - 1) / kMost;
-    for (int64_t token = 0, count; token < tokens; token += count, --passes) {
-        count = (tokens - token + passes - 1) / passes;
-        const float* from = x + token * stride;
-        float* to = y + token * y_stride;
-        switch (count) {
-            case 1:
-                some_tokens<kFormat, kTransposed, 1>(w, begin, end, from, stride, chunk, to, y_stride);
-                break;
-            case 2:
-                some_tokens<kFormat, kTransposed, fewer(kMost, 2)>(w, begin, end, from, stride, chunk, to, y_stride);
-                break;
-            case 3:
-                some_tokens<kFormat, kTransposed, fewer(kMost, 3)>(w, begin, end, from, stride, chunk, to, y_stride);
-                break;
-            case 4:
-                some_tokens<kFormat, kTransposed, fewer(kMost, 4)>(w, begin, end, from, stride, chunk, to, y_stride);
-                break;
-            case 5:
-                some_tokens<kFormat, kTransposed, fewer(kMost, 5)>(w, begin, end, from, stride, chunk, to, y_stride);
-                break;
-            default:
-                some_tokens<kFormat, kTransposed, kMost>(w, begin, end, from, stride, chunk, to, y_stride);
+    for (int64_t row = begin; row < end; row += kTileRows) {
+        const int64_t row_end = row + kTileRows < end ? row + kTileRows : end;
+        int64_t passes = (tokens + kMost - 1) / kMost;
+        for (int64_t token = 0, count; token < tokens; token += count, --passes) {
+            count = (tokens - token + passes - 1) / passes;
+            const float* from = x + token * stride;
+            float* to = y + token * y_stride + row - begin;
+            switch (count) {
+                case 1:
+                    some_tokens<kFormat, kTransposed, 1>(w, row, row_end, end, from, stride, chunk, to, y_stride);
+                    break;
+                case 2:
+                    some_tokens<kFormat, kTransposed, fewer(kMost, 2)>(w, row, row_end, end, from, stride, chunk, to,
+                                                                       y_stride);
+                    break;
+                case 3:
+                    some_tokens<kFormat, kTransposed, fewer(kMost, 3)>(w, row, row_end, end, from, stride, chunk, to,
+                                                                       y_stride);
+                    break;
+                case 4:
+                    some_tokens<kFormat, kTransposed, fewer(kMost, 4)>(w, row, row_end, end, from, stride, chunk, to,
+                                                                       y_stride);
+                    break;
+                case 5:
+                    some_tokens<kFormat, kTransposed, fewer(kMost, 5)>(w, row, row_end, end, from, stride, chunk, to,
+                                                                       y_stride);
+                    break;
+                default:
+                    some_tokens<kFormat, kTransposed, kMost>(w, row, row_end, end, from, stride, chunk, to, y_stride);
+            }
         }
     }
 }

@@ -1,6 +1,8 @@
 #include "isa.h"
 
 #include <cstring>
+#include <initializer_list>
+#include <vector>
 
 #include "cpu.h"
 #include "pointwise.h"
@@ -13,6 +15,8 @@
 namespace moert {
 namespace {
 
+#if defined(__x86_64__)
+
 bool has(std::initializer_list<const char*> names) {
     const std::vector<CpuFeature> features = cpu_features();
     for (const char* name : names) {
@@ -23,8 +27,6 @@ bool has(std::initializer_list<const char*> names) {
     }
     return true;
 }
-
-#if defined(__x86_64__)
 
 bool has_avx2() {
     return has({"avx2", "fma", "f16c"});
