@@ -208,12 +208,14 @@ class Contest:
     ) -> dict[str, Any]:
         say("parity")
         ours = [one.name for one in contenders if isinstance(one, cpu_ours.Moert)]
-        wanted = [_gated(layers[0], stored, form, step) for step in steps] if ours else []
         jobs: dict[str, list[Job]] = {}
         about: dict[str, dict[str, Any]] = {}
         for one in contenders:
             made = _jobs(one, steps)
-            about[one.name] = _judge(one, made[: len(steps)], exact, wanted if one.name in ours else None, form)
+            wanted = None
+            if isinstance(one, cpu_ours.Moert):
+                wanted = [_gated(layers[0], stored, form, step, one.decodes) for step in steps]
+            about[one.name] = _judge(one, made[: len(steps)], exact, wanted, form)
             if not about[one.name]["refused"]:
                 jobs[one.name] = made
         is_green = all(not about[name]["refused"] for name in ours)
@@ -271,8 +273,14 @@ def _exact(layer: Layer, step: Step) -> torch.Tensor:
     return reference(step, lambda expert: layer.up[expert].double(), lambda expert: layer.down[expert].double())
 
 
-def _gated(layer: Layer, stored: tuple[list[Quantised], list[Quantised]] | None, form: str, step: Step) -> torch.Tensor:
-    """What moert is to give: its own weights, activations rounded as its format says, everything else in fp64."""
+def _gated(
+    layer: Layer,
+    stored: tuple[list[Quantised], list[Quantised]] | None,
+    form: str,
+    step: Step,
+    decodes: Callable[[int], bool],
+) -> torch.Tensor:
+    """What moert is to give: its own weights, activations rounded as its kernels say, everything else in fp64."""
 
     def see(x: torch.Tensor) -> torch.Tensor:
         return rounded(x, form)
@@ -280,4 +288,4 @@ def _gated(layer: Layer, stored: tuple[list[Quantised], list[Quantised]] | None,
     if stored is None:
         return reference(step, lambda e: layer.up[e].double(), lambda e: layer.down[e].double(), see)
     ups, downs = stored
-    return reference(step, lambda e: dequantise(ups[e], form), lambda e: dequantise(downs[e], form), see)
+    return reference(step, lambda e: dequantise(ups[e], form), lambda e: dequantise(downs[e], form), see, decodes)

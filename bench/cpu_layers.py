@@ -159,16 +159,29 @@ def reference(
     up: Callable[[int], torch.Tensor],
     down: Callable[[int], torch.Tensor],
     see: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double,
+    decodes: Callable[[int], bool] = lambda tokens: False,
 ) -> torch.Tensor:
-    """The layer's output in fp64. `up` and `down` give an expert's weights in fp64, `see` rounds activations."""
+    """The layer's output in fp64.
+
+    Args:
+        up, down: an expert's weights in fp64.
+        see: rounds activations.
+        decodes: whether an expert of that many tokens is computed from weights and activations rounded to bf16 instead.
+    """
     result = torch.zeros(step.x.shape, dtype=torch.float64)
-    x = see(step.x)
     for expert in step.ids.unique().tolist():
         tokens, places = torch.where(step.ids == expert)
-        gate, value = (x[tokens] @ up(expert).T).chunk(2, dim=-1)
-        hidden = see(torch.nn.functional.silu(gate) * value).double()
-        result.index_add_(0, tokens, hidden @ down(expert).T * step.weights[tokens, places, None].double())
+        is_decoded = decodes(len(tokens))
+        look = _as_bf16 if is_decoded else see
+        first, second = (_as_bf16(weight(expert)) if is_decoded else weight(expert) for weight in (up, down))
+        gate, value = (look(step.x[tokens]) @ first.T).chunk(2, dim=-1)
+        hidden = look(torch.nn.functional.silu(gate) * value).double()
+        result.index_add_(0, tokens, hidden @ second.T * step.weights[tokens, places, None].double())
     return result
+
+
+def _as_bf16(x: torch.Tensor) -> torch.Tensor:
+    return x.float().bfloat16().double()
 
 
 def worst_error(output: torch.Tensor, wanted: torch.Tensor) -> float:

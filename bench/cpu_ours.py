@@ -68,6 +68,12 @@ class Moert:
     def begin(self) -> None:
         cpu.use_isa(self._isa or CHOSEN)
 
+    def decodes(self, tokens: int) -> bool:
+        """Whether quantised weights are decoded to bf16, and activations taken in it, for that many tokens."""
+        self.begin()
+        up: cpu.Matrix = self._experts[0][0].tensors[0]
+        return up.format != "plain" and up.kernel_name(tokens).startswith("amx")
+
     def prepare(self, step: Step, copy: int) -> Job:
         held = self._experts[copy]
         out = torch.empty(step.x.shape, dtype=torch.float32)

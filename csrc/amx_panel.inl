@@ -19,18 +19,32 @@ inline void store32(uint8_t* to, __m512 low, __m512 high) {
     _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
 }
 
-inline float half_scale(const uint8_t* scales, int64_t i) {
-    uint16_t bits;
-    __builtin_memcpy(&bits, scales + i * 2, sizeof bits);
-    return _mm512_cvtss_f32(_mm512_cvtph_ps(_mm256_castsi128_si256(_mm_cvtsi32_si128(bits))));
+constexpr int64_t kScalesAtOnce = 16;
+
+// The fp16 scales of up to 16 groups, widened.
+inline void widen_scales(const uint8_t* from, int64_t groups, float (&to)[kScalesAtOnce]) {
+    const __mmask16 there = groups >= kScalesAtOnce ? 0xffff : static_cast<__mmask16>((1u << groups) - 1);
+    _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, from)));
+}
+
+// The e8m0 scales of up to 16 groups; 255 is NaN.
+inline void widen_powers(const uint8_t* from, int64_t groups, float (&to)[kScalesAtOnce]) {
+    for (int64_t group = 0; group < groups && group < kScalesAtOnce; ++group) {
+        const uint32_t exponent = from[group];
+        const uint32_t bits = exponent == 255 ? 0x7fc00000u : exponent == 0 ? 0x00400000u : exponent << 23;
+        __builtin_memcpy(&to[group], &bits, sizeof bits);
+    }
 }
 
 void decode_int8(const Matrix& w, int64_t row, uint8_t* to) {
+    const int64_t groups = w.k / 32;
     const uint8_t* codes = w.data + row * w.k;
-    const uint8_t* scales = w.scales + row * (w.k / 32) * 2;
-    for (int64_t group = 0; group < w.k / 32; ++group, codes += 32, to += 64) {
+    const uint8_t* scales = w.scales + row * groups * 2;
+    float wide[kScalesAtOnce];
+    for (int64_t group = 0; group < groups; ++group, codes += 32, to += 64) {
+        if (group % kScalesAtOnce == 0) widen_scales(scales + group * 2, groups - group, wide);
         _mm_prefetch(reinterpret_cast<const char*>(codes + 1024), _MM_HINT_T0);
-        const __m512 scale = _mm512_set1_ps(half_scale(scales, group));
+        const __m512 scale = _mm512_set1_ps(wide[group % kScalesAtOnce]);
         const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
         const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 16));
         store32(to, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)), scale),
@@ -38,46 +52,41 @@ void decode_int8(const Matrix& w, int64_t row, uint8_t* to) {
     }
 }
 
-// 16 bytes of nibbles in their order, as two vectors of 16.
-inline void nibbles(const uint8_t* codes, __m512i* low, __m512i* high) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-    const __m128i mask = _mm_set1_epi8(15);
-    const __m128i even = _mm_and_si128(bytes, mask), odd = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
-    *low = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, odd));
-    *high = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(even, odd));
+// The numbers of 16 bytes of codes, in their order: a code's low 4 bits choose one of 16.
+inline void store_nibbles(const uint8_t* codes, __m512 table, uint8_t* to) {
+    const __m128i even = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m128i odd = _mm_srli_epi16(even, 4);
+    const __m512i low = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(even, odd));
+    const __m512i high = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(even, odd));
+    store32(to, _mm512_permutexvar_ps(low, table), _mm512_permutexvar_ps(high, table));
 }
 
 void decode_int4(const Matrix& w, int64_t row, uint8_t* to) {
+    const __m512 ascending = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const int64_t groups = w.k / w.group, pieces = w.group / 32;
     const uint8_t* codes = w.data + row * (w.k / 2);
     const uint8_t* scales = w.scales + row * groups * 2;
     const uint8_t* zeros = w.zeros == nullptr ? nullptr : w.zeros + row * groups;
+    float wide[kScalesAtOnce];
     for (int64_t group = 0; group < groups; ++group) {
-        const __m512 scale = _mm512_set1_ps(half_scale(scales, group));
-        const __m512i zero = _mm512_set1_epi32(zeros == nullptr ? 8 : zeros[group]);
+        if (group % kScalesAtOnce == 0) widen_scales(scales + group * 2, groups - group, wide);
+        const __m512 zero = _mm512_set1_ps(zeros == nullptr ? 8 : zeros[group]);
+        const __m512 table = _mm512_mul_ps(_mm512_sub_ps(ascending, zero), _mm512_set1_ps(wide[group % kScalesAtOnce]));
         _mm_prefetch(reinterpret_cast<const char*>(codes + 1024), _MM_HINT_T0);
-        for (int64_t piece = 0; piece < pieces; ++piece, codes += 16, to += 64) {
-            __m512i low, high;
-            nibbles(codes, &low, &high);
-            store32(to, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(low, zero)), scale),
-                    _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(high, zero)), scale));
-        }
+        for (int64_t piece = 0; piece < pieces; ++piece, codes += 16, to += 64) store_nibbles(codes, table, to);
     }
 }
 
 void decode_mxfp4(const Matrix& w, int64_t row, uint8_t* to) {
     const __m512 values = _mm512_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6);
+    const int64_t groups = w.k / 32;
     const uint8_t* codes = w.data + row * (w.k / 2);
-    const uint8_t* scales = w.scales + row * (w.k / 32);
-    for (int64_t group = 0; group < w.k / 32; ++group, codes += 16, to += 64) {
+    const uint8_t* scales = w.scales + row * groups;
+    float wide[kScalesAtOnce];
+    for (int64_t group = 0; group < groups; ++group, codes += 16, to += 64) {
+        if (group % kScalesAtOnce == 0) widen_powers(scales + group, groups - group, wide);
         _mm_prefetch(reinterpret_cast<const char*>(codes + 1024), _MM_HINT_T0);
-        const uint32_t exponent = scales[group];
-        const uint32_t bits = exponent == 255 ? 0x7fc00000u : exponent == 0 ? 0x00400000u : exponent << 23;
-        const __m512 scale = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits)));
-        __m512i low, high;
-        nibbles(codes, &low, &high);
-        store32(to, _mm512_mul_ps(_mm512_permutexvar_ps(low, values), scale),
-                _mm512_mul_ps(_mm512_permutexvar_ps(high, values), scale));
+        store_nibbles(codes, _mm512_mul_ps(values, _mm512_set1_ps(wide[group % kScalesAtOnce])), to);
     }
 }
 

@@ -39,6 +39,7 @@ constexpr int64_t bytes_of() {
 // Numbers of k that are summed for all rows of a tile before the next ones: that much of some tokens' x stays in the
 // first cache while a tile of the weight passes by.
 constexpr int64_t kChunk = 512;
+constexpr int64_t kFirstCacheBytes = 36 << 10;  // of x, up to which it stays there anyway
 constexpr int64_t kTileRows = 32;
 
 // Sums over [begin, end) of k, a multiple of the lanes but for the end of a row, go on from `partial` or from zero, and
@@ -166,10 +167,12 @@ void rows_fp32(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packe
     constexpr int kMost = fewer(Vec::kMostTokens, kTransposed ? 4 : 6);
     const int64_t stride = padded(w.k);
     const float* x = reinterpret_cast<const float*>(packed);  // blocks are full but for the last: rows at one stride
-    const int64_t chunk = tokens > kMost ? kChunk : w.k;
+    const int64_t most_passes = (tokens + kMost - 1) / kMost;
+    const int64_t x_bytes = (tokens + most_passes - 1) / most_passes * stride * static_cast<int64_t>(sizeof(float));
+    const int64_t chunk = most_passes > 1 && x_bytes > kFirstCacheBytes ? kChunk : w.k;
     for (int64_t row = begin; row < end; row += kTileRows) {
         const int64_t row_end = row + kTileRows < end ? row + kTileRows : end;
-        int64_t passes = (tokens + kMost - 1) / kMost;
+        int64_t passes = most_passes;
         for (int64_t token = 0, count; token < tokens; token += count, --passes) {
             count = (tokens - token + passes - 1) / passes;
             const float* from = x + token * stride;
