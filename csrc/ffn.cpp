@@ -51,6 +51,7 @@ struct Batch {
     std::vector<Part> parts;
     int64_t blocks = 0, nbytes = 0;
     std::vector<Rows> up, down;  // tasks
+    bool is_packed = false;      // x is, already
 };
 
 class Ffn final : public Work {
@@ -69,6 +70,13 @@ class Ffn final : public Work {
             batch.down = share_out(1, step_.hidden, rows, threads());
         }
         scratch_ = std::make_unique<Scratch>(static_cast<size_t>(most));
+        // A single token's x is packed sooner than another thread is told to.
+        for (Batch& batch : batches_) {
+            const auto packs = [](const Part& part) { return !part.shares_x; };
+            if (std::count_if(batch.parts.begin(), batch.parts.end(), packs) > 1 || batch.parts[0].tokens > 1) continue;
+            pack(batch, 0, false);
+            batch.is_packed = true;
+        }
     }
 
     int phases() const override { return static_cast<int>(batches_.size()) * 4; }
@@ -80,6 +88,8 @@ class Ffn final : public Work {
                 return static_cast<int64_t>(batch.up.size());
             case 3:
                 return static_cast<int64_t>(batch.down.size());
+            case 0:
+                return batch.is_packed ? 0 : batch.blocks;
             default:
                 return batch.blocks;
         }
@@ -225,12 +235,15 @@ class Linear final : public Work {
     explicit Linear(const Product& product)
         : product_(product),
           kernel_(find_kernel(product.w, product.tokens)),
-          scratch_(static_cast<size_t>(blocks_of(product.tokens) * kernel_.block_bytes(product.w.k))) {}
+          scratch_(static_cast<size_t>(blocks_of(product.tokens) * kernel_.block_bytes(product.w.k))) {
+        if (product.tokens == 1) run(0, 0);  // sooner done than another thread is told to
+    }
 
     int phases() const override { return 2; }
 
     int64_t tasks(int phase) const override {
-        return phase == 0 ? blocks_of(product_.tokens) : static_cast<int64_t>(tasks_.size());
+        return phase == 0 ? (product_.tokens == 1 ? 0 : blocks_of(product_.tokens))
+                          : static_cast<int64_t>(tasks_.size());
     }
 
     void run(int phase, int64_t task) override {

@@ -13,7 +13,7 @@ namespace {
 
 // A wake-up by the kernel takes tens of microseconds on a virtual machine, about as long as a barrier lasts; who spins
 // for longer only keeps the core from others, and the scheduler moves threads to cores whose thread sleeps.
-constexpr std::chrono::microseconds kSpin{50};
+constexpr std::chrono::microseconds kSpin{100};
 
 // Whoever wakes pays a microsecond or more for each thread, so the woken wake the rest.
 constexpr int64_t kFanOut = 4;

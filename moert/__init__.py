@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from moert.errors import (
@@ -19,6 +21,11 @@ from moert.errors import (
 
 if TYPE_CHECKING:
     from moert.api import OffloadConfig, close, load, patch, reset_stats, stats, unpatch
+
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    # torch's threads spin for milliseconds after each operation, on the cores that moert's compute with; this leaves
+    # them microseconds. Their library reads it once, when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 __version__ = "0.1.0"
 
