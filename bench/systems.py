@@ -126,6 +126,9 @@ def describe(spec: Spec, model: Any) -> str:
 
 def generate(spec: Spec, load: Callable[[Spec], Any]) -> Run:
     """Load a model and generate greedily with it, without regard to end-of-sequence tokens."""
+    if spec.system == "moert":
+        import moert  # before torch, as its documentation asks
+
     import torch
     from transformers.utils import logging
 
@@ -137,8 +140,6 @@ def generate(spec: Spec, load: Callable[[Spec], Any]) -> Run:
     def sample() -> dict[str, float]:
         counts: dict[str, float] = {}
         if spec.system == "moert":
-            import moert
-
             now = moert.stats(model).as_dict()
             counts = {name: now[name] for name in ("hits", "misses", "bytes_read", "stall_s", "compute_s")}
         return {**counts, "s": time.perf_counter(), "cpu_s": time.process_time(), "disk_bytes": disk_read_bytes()}

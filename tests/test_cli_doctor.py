@@ -289,6 +289,14 @@ def test_paths_follow_what_was_found() -> None:
     assert "H200 stays idle" in paths["device memory"][1]
     assert "1.0 GiB by default" in paths["cache policy"][1]
     assert "--no-direct-io" in paths_of(slow, direct_io=False)["disk reads"][1]
-    assert "torch" in paths_of(machine_with(model={"dtype": "float32"}))["expert compute"][0]
+    plain = paths_of(machine_with(model={"dtype": "float32", "unfused_reasons": []}))
+    assert "avx2 kernels, whole layers" in plain["expert compute"][0]
+    assert "full width" in plain["expert compute"][1]
+    assert "torch" in plain["dense layers"][0]
+    own_gate = paths_of(machine_with(model={"dtype": "bfloat16", "unfused_reasons": ["its gate is odd"]}))
+    assert own_gate["expert compute"][0].startswith("expert by expert through the model's own gate")
+    assert "its gate is odd" in own_gate["expert compute"][1]
+    threads = {"features": {}, "kernel": "neon", "compute_threads": {"count": 3, "why": "MOERT_THREADS is 3"}}
+    assert "3 threads: MOERT_THREADS is 3" in paths_of(machine_with(cpu=threads))["expert compute"][1]
     unknown = machine_with(memory={"problem": "?"}, devices={"problem": "?"}, disks={"cache": {"problem": "?"}})
     assert all("could not be probed" in paths_of(unknown)[part][1] for part in ("disk reads", "host memory"))

@@ -102,6 +102,8 @@ def _examine_model(name: str, options: LoadOptions, available_bytes: int | None)
         "reason": None,
         "architecture": inspection.architecture,
         "dtype": inspection.dtype,
+        "fused_gates": list(inspection.gates),
+        "unfused_reasons": list(inspection.unfused_reasons),
         "num_layers": len(needs),
         "num_experts": max(need.num_experts for need in needs),
         "top_k": max(need.top_k for need in needs),

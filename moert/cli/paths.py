@@ -24,21 +24,35 @@ def choose_paths(document: dict[str, Any], config: OffloadConfig) -> list[dict[s
 
 
 def _compute(document: dict[str, Any]) -> tuple[str, str]:
-    dtype = (document["model"] or {}).get("dtype") or "bfloat16"
+    model = document["model"] or {}
+    dtype = model.get("dtype") or "bfloat16"
+    reasons = model.get("unfused_reasons") or []
+    path = f"moert's {document['cpu'].get('kernel') or 'unknown'} kernels, whole layers at once; {dtype}"
+    if reasons:
+        some = "some layers " if model.get("fused_gates") else ""
+        path = f"{some}expert by expert through the model's own gate; {dtype}"
+    return path, "; ".join([*reasons, _speed(document, dtype), _threads(document)])
+
+
+def _speed(document: dict[str, Any], dtype: str) -> str:
     if dtype not in _NATIVE:
-        return f"torch CPU kernels in {dtype}", "moert has kernels of its own for 16-bit weights only"
+        return "fp32 is read at full width: 16 bits would be twice as fast"
     features = document["cpu"].get("features", {})
     native = [name for name in _NATIVE[dtype] if features.get(name)]
-    path = f"moert's {document['cpu'].get('kernel') or 'unknown'} kernels; {dtype}"
     if native:
-        return path, f"this processor multiplies {dtype} itself ({', '.join(native)})"
-    return path, f"this processor has no instructions for {dtype}: it is converted, so long prompts are slower"
+        return f"this processor multiplies {dtype} itself ({', '.join(native)})"
+    return f"this processor has no instructions for {dtype}: it is converted, so long prompts are slower"
+
+
+def _threads(document: dict[str, Any]) -> str:
+    threads = document["cpu"].get("compute_threads")
+    return f"{threads['count']} threads: {threads['why']}" if threads else "threads unknown"
 
 
 def _dense(document: dict[str, Any], config: OffloadConfig) -> tuple[str, str]:
     dtype = (document["model"] or {}).get("dtype") or "bfloat16"
     if dtype not in _NATIVE:
-        return f"torch CPU kernels in {dtype}", "moert has kernels of its own for 16-bit weights only"
+        return f"torch CPU kernels in {dtype}", "moert takes over dense layers of 16-bit weights only"
     if config.dense_kernels is False:
         return f"torch CPU kernels in {dtype}", "--no-dense-kernels asks for it"
     why = "--dense-kernels asks for it" if config.dense_kernels else "if all of the model is on the CPU"

@@ -58,6 +58,7 @@ def cpu(root: Path = Path("/")) -> Finding:
     fields = {name.strip(): value.strip() for name, value in fields.items()}
     affinity = len(os.sched_getaffinity(0))
     quota = cpu_quota_cores(root)
+    threads = _C.pool_info()
     return {
         "model": fields.get("model name") or fields.get("CPU implementer") or platform.machine(),
         "cores_machine": os.cpu_count(),
@@ -66,6 +67,8 @@ def cpu(root: Path = Path("/")) -> Finding:
         "cores_usable": affinity if quota is None else max(1, min(affinity, int(quota + 0.5))),
         "features": _C.cpu_features(),
         "kernel": _C.isa(),
+        "kernels": _C.isa_names(True).split(),
+        "compute_threads": {"count": threads["threads"], "why": threads["why"]},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,10 @@ class Inspection:
     """Everything that is no expert: always in memory."""
     is_direct: bool
     """Whether every expert can be used as it lies in the file."""
+    gates: tuple[str, ...]
+    """The activations of the layers that the fused kernels compute; each once."""
+    unfused_reasons: tuple[str, ...]
+    """Why other layers' experts are computed one by one, through their module; each once."""
 
     @property
     def expert_bytes(self) -> int:
@@ -100,7 +104,13 @@ def inspect_checkpoint(folder: Path, *, dtype: str = "auto") -> Inspection:
         needs=_needs(planner.layers, planner.records),
         dense_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
         is_direct=all(record.is_direct for layer in planner.records for record in layer),
+        gates=_each_once(spec.fused.ffn.gate.activation for spec in planner.layers.specs if spec.fused is not None),
+        unfused_reasons=_each_once(spec.unfused_reason for spec in planner.layers.specs if spec.unfused_reason),
     )
+
+
+def _each_once(texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(texts))
 
 
 def _needs(layers: Layers, records: Sequence[Sequence[Record]]) -> tuple[LayerNeed, ...]:
