@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_support import PROMPT, Cli, Ran, checkpoint, plain_tokens
 from rich.console import Console
 
 import moert.cli.demo as demo_module
 from moert.cli.output import heat
-from moert.hf.adapters import hooked
-from moert.kernels import reference
+from moert.runtime.compute import Fused
+from moert.runtime.routing import Group
 
 
 @pytest.fixture
@@ -67,8 +69,14 @@ def test_terminal_shows_it_all(cli: Cli, folder: Path) -> None:
 
 
 def test_difference_is_loud(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = reference.expert_ffn
-    monkeypatch.setattr(hooked, "expert_ffn", lambda *args, **kwargs: -3 * right(*args, **kwargs))
+    right = Fused.add
+
+    def wrong(self: Fused, groups: Sequence[Group], hidden: torch.Tensor, out: torch.Tensor) -> None:
+        part = torch.zeros_like(out)
+        right(self, groups, hidden, part)
+        out -= 3 * part
+
+    monkeypatch.setattr(Fused, "add", wrong)
     ran = demo(cli, folder)
     assert ran.code == 1
     assert "DIFFERENT from plain transformers" in ran.out

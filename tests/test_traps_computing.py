@@ -24,13 +24,13 @@ from families.checks import (
     RELATIVE_TOLERANCE,
     assert_same_logits,
     calls_of,
-    combine_in_fp32,
     experts_paths,
     relative_error,
 )
 from torch import nn
 
 import moert
+from moert.hf.reference import round_as_moert
 
 # (beam's own gate is the default one in fp32; in bf16 it differs, and is among the bf16 tests.)
 OWN_GATE_FAMILIES = (
@@ -110,9 +110,12 @@ def test_experts_of_a_bf16_model_return_bf16(family: str, weights_dtype: torch.d
             found = model.get_submodule(path)(*call.arguments)
         assert found.dtype == torch.bfloat16
         assert relative_error(found.float(), call.output.float()) <= BF16_TOLERANCE
+    # Rounded in other places, a routing that is nearly a tie may go the other way: this one rounds in the same places.
     reference = zoo.fresh(family, torch.bfloat16)
-    combine_in_fp32(reference)
+    products = round_as_moert(reference)
     assert relative_error(logits(model, specimen.inputs), logits(reference, specimen.inputs)) <= BF16_TOLERANCE
+    assert products is not None
+    assert products.largest_error_ulps <= 1
 
 
 # 8. The width of experts is not the config's hidden size.
