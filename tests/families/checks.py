@@ -61,22 +61,6 @@ def calls_of(model: Any, inputs: dict[str, Any], paths: Iterable[str]) -> dict[s
     return calls
 
 
-def combine_in_fp32(model: nn.Module) -> None:
-    """Have a plain model add up its experts in fp32, as moert does: one rounding can send a token elsewhere."""
-
-    def forward(experts: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(hidden.shape, dtype=torch.float32)
-        for expert in ids.unique().tolist():
-            rows, picks = torch.where(ids == expert)
-            gated = experts._apply_gate(nn.functional.linear(hidden[rows], experts.gate_up_proj[expert]))
-            output = nn.functional.linear(gated, experts.down_proj[expert])
-            out.index_add_(0, rows, output.float() * weights[rows, picks, None].float())
-        return out.to(hidden.dtype)
-
-    for _, experts in experts_modules(model):
-        experts.forward = forward.__get__(experts)
-
-
 def assert_same_logits(model: Any, specimen: Specimen) -> None:
     """One forward gives the specimen's logits."""
     error = relative_error(logits(model, specimen.inputs), specimen.logits)
