@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cpu_ours
@@ -34,6 +32,7 @@ from cpu_neighbour import measure_neighbour
 from cpu_peers_torch import TorchGrouped, TorchLinear, TorchQuantised, Transformers
 from cpu_report import cell_as_dict, limits_line, summarise
 
+from moert import _C
 from moert.config import format_bytes
 from moert.errors import CapacityError
 from moert.tiers.memory import memory_report
@@ -78,19 +77,14 @@ def masked_environment(isa: str | None) -> dict[str, str]:
 
 
 def default_threads() -> int:
-    """Physical cores among those this process may use."""
-    cores = set()
-    for number in os.sched_getaffinity(0):
-        folder = Path(f"/sys/devices/system/cpu/cpu{number}/topology")
-        with contextlib.suppress(OSError):
-            cores.add(tuple((folder / name).read_text() for name in ("physical_package_id", "core_id")))
-    return len(cores) or len(os.sched_getaffinity(0))
+    """Physical cores that this process may use, by its affinity and its cgroups."""
+    threads: int = _C.cpu_limits("/", sorted(os.sched_getaffinity(0)))["threads"]
+    return threads
 
 
 def refusals(systems: list[str]) -> dict[str, str]:
     """Those of the systems that cannot run here, and why."""
     asked: dict[str, Callable[[], str]] = {
-        "moert": cpu_ours.refusal,
         "kt-kernel": cpu_peers_kt.refusal,
         "llama.cpp": cpu_peers_ggml.refusal,
         "transformers": lambda: "" if importlib.util.find_spec("transformers") else "transformers is not installed",

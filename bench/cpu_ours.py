@@ -15,11 +15,6 @@ CHOSEN = _C.isa()
 BYTES_PER_NUMBER = {"bf16": 2.0, "int8": 1 + 2 / 32, "int4": 0.5 + 2 / 32}
 
 
-def refusal() -> str:
-    """Why this contender cannot run; empty when it can."""
-    return "" if hasattr(cpu, "ExpertFfn") else "this moert has no kernels.cpu.ExpertFfn"
-
-
 def stored(layer: Layer, form: str) -> tuple[list[Quantised], list[Quantised]]:
     """All experts of a layer in a quantised format: their up and their down projections."""
     return [quantise(one, form) for one in layer.up], [quantise(one, form) for one in layer.down]

@@ -5,6 +5,8 @@
 // tile is 16 rows of 32 numbers, and a packed block of x holds, for every 32 numbers of k, one tile of 16 pairs of
 // numbers by 16 tokens.
 
+#include "transpose16.inl"
+
 constexpr int kTile = 16;
 constexpr int64_t kDepth = 32;  // numbers of k that a tile product sums
 constexpr int64_t kTileBytes = 1024;
@@ -31,33 +33,6 @@ inline int64_t depth_tiles(int64_t k) {
 
 int64_t block_bytes_pairs(int64_t k) {
     return depth_tiles(k) * kTileBytes;
-}
-
-// Rows of 16 dwords each become columns.
-inline void transpose16(__m512i (&r)[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
 }
 
 void pack_pairs(const float* x, int tokens, int64_t k, uint8_t* block) {
@@ -98,9 +73,9 @@ inline void copy_tail(const uint8_t* a, int64_t a_bytes, int rows, int64_t numbe
         _mm512_storeu_si512(tile + row * 64, _mm512_maskz_loadu_epi16(there, a + row * a_bytes));
 }
 
-template <int kRowTiles>
+// The next line of each row of two tiles.
 inline void prefetch_rows(const uint8_t* a, int64_t a_bytes) {
-    for (int row = 0; row < kRowTiles * kTile; ++row)
+    for (int row = 0; row < 2 * kTile; ++row)
         _mm_prefetch(reinterpret_cast<const char*>(a + row * a_bytes), _MM_HINT_T0);
 }
 
@@ -147,7 +122,7 @@ inline void product_2(const uint8_t* a, int64_t a_bytes, bool more_rows, const u
             lower = tail + kTileBytes;
             stride = 64;
         } else {
-            prefetch_rows<2>(upper + (tile * 64 + kAhead < k * 2 ? kAhead : beyond), a_bytes);
+            prefetch_rows(upper + (tile * 64 + kAhead < k * 2 ? kAhead : beyond), a_bytes);
         }
         _tile_loadd(6, x + tile * kTileBytes, 64);
         _tile_loadd(4, upper, stride);

@@ -1,6 +1,8 @@
 // What the quantised kernels need of a vector with AVX-512 F, BW, VL and DQ, but for the integer products. To be
 // included within a target region and an anonymous namespace.
 
+#include "transpose16.inl"
+
 struct Avx512 {
     using Int = __m512i;
     using Float = __m512;
@@ -64,30 +66,7 @@ struct Avx512 {
 
     static Int bits(Float value) { return _mm512_castps_si512(value); }
 
-    // Lane j of rows[i] changes places with lane i of rows[j].
-    static void transpose(Int (&rows)[16]) {
-        Int a[16];
-        for (int i = 0; i < 16; i += 4) {
-            const Int low = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-            const Int high = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-            const Int low2 = _mm512_unpacklo_epi32(rows[i + 2], rows[i + 3]);
-            const Int high2 = _mm512_unpackhi_epi32(rows[i + 2], rows[i + 3]);
-            a[i] = _mm512_unpacklo_epi64(low, low2);
-            a[i + 1] = _mm512_unpackhi_epi64(low, low2);
-            a[i + 2] = _mm512_unpacklo_epi64(high, high2);
-            a[i + 3] = _mm512_unpackhi_epi64(high, high2);
-        }
-        for (int i = 0; i < 4; ++i) {
-            const Int even = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88),
-                      odd = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-            const Int even2 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-            const Int odd2 = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-            rows[i] = _mm512_shuffle_i32x4(even, even2, 0x88);
-            rows[i + 4] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
-            rows[i + 8] = _mm512_shuffle_i32x4(even, even2, 0xdd);
-            rows[i + 12] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
-        }
-    }
+    static void transpose(Int (&rows)[16]) { transpose16(rows); }
 
     // 64 codes of e4m3, as values times 2^-8 in the order 0..7, 16..23, 8..15, 24..31, then likewise from 32 on. A NaN
     // comes out as a number.

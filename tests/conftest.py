@@ -16,8 +16,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from hypothesis import settings
 
+from moert import _C
+
 settings.register_profile("moert", deadline=None, print_blob=True)
 settings.load_profile("moert")
+
+
+@pytest.fixture
+def bench_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks' modules can be imported by their names, as their scripts do."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+
+
+@pytest.fixture(params=_C.isa_names(False).split())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set this build has kernels for, in use while the test runs; skipped where it cannot be."""
+    before = _C.isa()
+    if request.param not in _C.isa_names(True).split():
+        pytest.skip(f"this processor has no {request.param}")
+    _C.use_isa(request.param)
+    yield request.param
+    _C.use_isa(before)
 
 
 @pytest.fixture(scope="session")

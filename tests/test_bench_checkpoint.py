@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from importlib import import_module as bench
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("bench_on_path")
 
 BENCH = Path(__file__).parents[1] / "bench"
 SMALL: dict[str, Any] = {"vocab_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -44,15 +45,6 @@ PUBLISHED_PARAMETERS = {
     "deepseek-v2-lite": 15_706_484_224,
     "gpt-oss-20b": 20_914_757_184,
 }
-
-
-@pytest.fixture(autouse=True)
-def _bench_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-
-
-def bench(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 def small_config(arch: str, **sizes: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -10,8 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module as bench
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,18 +18,11 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+pytestmark = pytest.mark.usefixtures("bench_on_path")
+
 BENCH = Path(__file__).parents[1] / "bench"
 NARROW = {"vocab_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
 RUN_KEYS = {"tokens_per_s", "first_token_s", "load_s", "share_of_disk_limit"}
-
-
-@pytest.fixture(autouse=True)
-def _bench_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-
-
-def bench(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 @pytest.fixture

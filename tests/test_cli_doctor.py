@@ -190,6 +190,11 @@ def test_unwritable_cache_folder_is_a_finding_of_the_probe(tmp_path: Path) -> No
 def machine(tmp_path: Path) -> Path:
     for folder in ("proc/self", "sys/fs/cgroup"):
         (tmp_path / folder).mkdir(parents=True)
+    mounts = (
+        "30 25 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw",
+        "31 30 0:27 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu",
+    )
+    (tmp_path / "proc/self/mountinfo").write_text("\n".join(mounts) + "\n")
     return tmp_path
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,21 +15,12 @@ from hypothesis import strategies as st
 
 from moert import _C
 from moert.kernels import cpu, reference
+from moert.kernels.gate import Gate
 
 DTYPES = tuple(cpu.NUMBERS)
 # Few and many tokens, whole and broken blocks of rows, of tokens and of k.
 SHAPES = [(1, 1, 1), (1, 5, 3), (2, 7, 33), (3, 64, 100), (4, 130, 257), (1, 1024, 512), (4, 6, 16)]
 SHAPES += [(5, 33, 64), (7, 47, 600), (16, 64, 96), (17, 31, 40), (33, 65, 1030), (300, 20, 70)]
-
-
-@pytest.fixture(params=cpu.isa_names(usable_only=False))
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.isa()
-    if request.param not in cpu.isa_names():
-        pytest.skip(f"this processor has no {request.param}")
-    cpu.use_isa(request.param)
-    yield request.param
-    cpu.use_isa(before)
 
 
 def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -56,6 +48,48 @@ def test_linear_is_the_product(isa: str, shape: tuple[int, int, int], dtype: tor
             assert y.dtype == dtype
             error = (y.double() - exact(x, weight, given_bias)).abs()
             assert (error <= bound(x, weight, given_bias)).all(), (error / bound(x, weight, given_bias)).max()
+
+
+FLAGS_OF = {
+    "amx": {"amx_tile", "amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512_bf16": {"avx512_bf16", "avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512_vnni": {"avx512_vnni", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx2": {"avx2", "fma", "f16c"},
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="/proc/cpuinfo names x86 flags")
+def test_what_the_processor_has_is_used() -> None:
+    """So that no instruction set goes untested because it is thought to be missing."""
+    line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    flags = set(line.split(":")[1].split())
+    expected = [name for name, needed in FLAGS_OF.items() if needed <= flags]
+    assert cpu.isa_names() == [*expected, "scalar"]
+    assert cpu.isa_names(usable_only=False) == [*FLAGS_OF, "scalar"]
+
+
+@pytest.mark.parametrize("rows", [1023, 1025, 2048 + 33, 5 * 1024 + 1])
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("tokens", [1, 9, 300])
+def test_every_row_is_computed_whatever_the_tasks(rows: int, count: int, tokens: int) -> None:
+    """Whole numbers, so that the products are exact; more rows than a task takes, over few and many threads."""
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randint(-2, 3, (tokens, 8), generator=generator).bfloat16()
+    weight = torch.randint(-2, 3, (rows, 8), generator=generator).bfloat16()
+    up = torch.randint(-1, 2, (rows, 8), generator=generator).bfloat16()
+    down = torch.randint(-1, 2, (8, rows), generator=generator).bfloat16()
+    ffn = cpu.ExpertFfn(Gate("relu", gated=False), 8, rows, torch.bfloat16)
+    out = torch.zeros(tokens, 8)
+    before = cpu.threads()
+    try:
+        cpu.set_threads(count)
+        assert torch.equal(cpu.linear(x, weight).double(), exact(x, weight))
+        expert = ffn.expert(cpu.Matrix("plain", up), cpu.Matrix("plain", down))
+        ffn.run(x, [expert], [None], [None], out)
+    finally:
+        cpu.set_threads(before)
+    assert torch.equal(out.double(), exact(exact(x, up).clamp(min=0), down))
 
 
 def test_every_kernel_is_reached() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -25,16 +25,6 @@ GATES = [
     Gate("relu"),
     Gate("identity", gated=False),
 ]
-
-
-@pytest.fixture(params=cpu.isa_names(usable_only=False))
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.isa()
-    if request.param not in cpu.isa_names():
-        pytest.skip(f"this processor has no {request.param}")
-    cpu.use_isa(request.param)
-    yield request.param
-    cpu.use_isa(before)
 
 
 class Tensors(NamedTuple):

@@ -10,11 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
+from ticking import ticking
 
 from moert import _C
 
@@ -141,24 +140,12 @@ print(sorted(done))
 
 
 def test_other_python_threads_run_meanwhile() -> None:
-    ticks = []
-    stop = threading.Event()
-
-    def tick() -> None:
-        while not stop.wait(0.001):
-            ticks.append(time.perf_counter())
-
-    thread = threading.Thread(target=tick)
-    thread.start()
     job = _C.pool_probe_submit(1, 20, 10_000_000)
-    began = time.perf_counter()
-    _C.pool_probe(1, 40, 10_000_000)
-    _C.job_wait(job)
-    ended = time.perf_counter()
-    stop.set()
-    thread.join()
-    assert ended - began > 0.05
-    assert sum(began + 0.005 < at < ended - 0.005 for at in ticks) >= 2
+    with ticking() as ticks:
+        _C.pool_probe(1, 40, 10_000_000)
+        _C.job_wait(job)
+    assert ticks.seconds > 0.05
+    assert ticks.well_within >= 2
 
 
 def test_the_size_changes_between_jobs_only() -> None:

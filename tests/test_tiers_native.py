@@ -5,12 +5,11 @@ import mmap
 import platform
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ticking import ticking
 
 from moert import _C
 
@@ -99,22 +98,10 @@ def test_stream_read_takes_longer_for_more_passes(block: tuple[mmap.mmap, int], 
 
 def test_stream_read_lets_other_threads_run(block: tuple[mmap.mmap, int]) -> None:
     _, address = block
-    ticks = []
-    stop = threading.Event()
-
-    def tick() -> None:
-        while not stop.wait(0.001):
-            ticks.append(time.perf_counter())
-
-    thread = threading.Thread(target=tick)
-    thread.start()
-    began = time.perf_counter()
-    seconds = _C.stream_read(address, 8 * MIB, 1, 4000)
-    ended = time.perf_counter()
-    stop.set()
-    thread.join()
+    with ticking() as ticks:
+        seconds = _C.stream_read(address, 8 * MIB, 1, 4000)
     assert seconds > 0.02
-    assert sum(began + 0.005 < at < ended - 0.005 for at in ticks) >= 2
+    assert ticks.well_within >= 2
 
 
 @pytest.mark.parametrize(

@@ -74,26 +74,10 @@ def cpu(root: Path = Path("/")) -> Finding:
 
 def cpu_quota_cores(root: Path = Path("/")) -> float | None:
     """Cores' worth of time that this process's cgroups allow it, the least over all levels; None without a limit."""
-    quotas = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        mount = root / "sys/fs/cgroup" if not controllers else root / "sys/fs/cgroup/cpu"
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        parts = [part for part in path.split("/") if part and part != ".."]
-        for depth in range(len(parts), -1, -1):
-            folder = mount.joinpath(*parts[:depth])
-            words = (
-                _text(folder / "cpu.max").split()
-                if not controllers
-                else [
-                    _text(folder / "cpu.cfs_quota_us").strip(),
-                    _text(folder / "cpu.cfs_period_us").strip(),
-                ]
-            )
-            if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[1]):
-                quotas.append(int(words[0]) / int(words[1]))
-    return min(quotas, default=None)
+    from moert import _C
+
+    quota: float | None = _C.cpu_limits(str(root), sorted(os.sched_getaffinity(0)))["quota_cpus"]
+    return quota
 
 
 def memory(cores: int) -> Finding:

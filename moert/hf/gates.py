@@ -39,11 +39,6 @@ class GateSearch:
     """Why the kernels cannot compute the module's gate, for a user to read."""
 
 
-def find_gate(experts: ExpertsAdapter | nn.Module, width: int) -> Gate | None:
-    """The gate that is equal to the module's own; None where no fused one is. See `search_gate`."""
-    return search_gate(experts, width).gate
-
-
 def search_gate(experts: ExpertsAdapter | nn.Module, width: int) -> GateSearch:
     """Find the gate that gives, in fp32 on the CPU, what the module's own `_apply_gate` (or `act_fn`) gives.
 

@@ -13,6 +13,7 @@ from .models import (
     inputs_for,
     logits,
     silent_experts,
+    skeleton,
     stacked_parameters,
     use_eager_experts,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "plain_load",
     "save",
     "silent_experts",
+    "skeleton",
     "stacked_parameters",
     "support_table",
     "tiny_config",

@@ -74,6 +74,15 @@ def build(
     return model
 
 
+def skeleton(family: str) -> Any:
+    """A tiny model of the family without weights; with them, where a tower computes its sizes from tensors' values."""
+    try:
+        with torch.device("meta"):
+            return model_class(family)(tiny_config(family))
+    except (RuntimeError, NotImplementedError):
+        return build(family)
+
+
 def use_eager_experts(model: Any) -> None:
     """Have the model's own loop over experts run, in place of transformers' batched or grouped ones."""
     if hasattr(model, "set_experts_implementation"):

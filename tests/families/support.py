@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
-from .configs import tiny_config
-from .models import build, experts_modules
+from .models import experts_modules, skeleton
 from .names import ADAPTER_FAMILIES, FAMILIES, UNSUPPORTED_REASONS, model_class
 
 
@@ -42,9 +39,4 @@ def _row(family: str) -> SupportRow:
 
 
 def _experts_classes(family: str) -> list[str]:
-    try:
-        with torch.device("meta"):
-            model = model_class(family)(tiny_config(family))
-    except (RuntimeError, NotImplementedError):  # a tower that computes its sizes from tensors' values
-        model = build(family)
-    return sorted({type(module).__name__ for _, module in experts_modules(model)})
+    return sorted({type(module).__name__ for _, module in experts_modules(skeleton(family))})
