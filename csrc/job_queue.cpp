@@ -173,6 +173,15 @@ bool JobQueue::help(uint32_t seen, bool alone, bool woken) {
     return false;
 }
 
+void JobQueue::pass_time(uint32_t seen) {
+    bool (*const pastime)() = pastime_.load();
+    if (pastime == nullptr) return;
+    while (epoch_.load(std::memory_order_relaxed) == seen && pastime()) {
+        // Whoever else wants this core has something better to do with it.
+        std::this_thread::yield();
+    }
+}
+
 void JobQueue::work(bool alone) {
     workers_.fetch_add(1);
     bool woken = false;
@@ -180,6 +189,7 @@ void JobQueue::work(bool alone) {
         const uint32_t seen = epoch_.load();
         if (leave_.load()) break;
         const bool found = help(seen, alone, std::exchange(woken, false));
+        if (!found) pass_time(seen);
         if (found || spin_until([&] { return epoch_.load(std::memory_order_relaxed) != seen; })) continue;
         sleepers_.fetch_add(1);
         if (epoch_.load() == seen) {

@@ -65,6 +65,9 @@ class JobQueue {
     void release_workers();
     void welcome_workers() { leave_.store(false); }  // once all have been joined
 
+    // What idle workers do before they wait; null: nothing. See pool.h.
+    void set_pastime(bool (*piece)()) { pastime_.store(piece); }
+
     // No task starts any more: `close`, under the mutex, and, without it and after the last worker is gone, `drain`.
     void close();
     void drain();
@@ -82,6 +85,7 @@ class JobQueue {
     void finish(Job& job);
     void take_part(Job& job, const uint32_t* seen) noexcept;
     bool help(uint32_t seen, bool alone, bool woken);
+    void pass_time(uint32_t seen);
     void wake_workers(int64_t wanted);
     void wake_waiting(Job& job);
     [[noreturn]] void give_up();
@@ -91,6 +95,7 @@ class JobQueue {
     alignas(kApart) std::atomic<Job*> window_[32] = {};  // the front of queue_, then null: what workers look at
     alignas(kApart) std::atomic<int> workers_{0};
     std::atomic<bool> leave_{false}, closing_{false}, drained_{false};
+    std::atomic<bool (*)()> pastime_{nullptr};
     alignas(kApart) std::atomic<int> callers_{0};  // threads that are no workers and may be within a task
 
     alignas(kApart) std::mutex mutex_;

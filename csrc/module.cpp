@@ -1,8 +1,11 @@
 // The extension module. Its functions check arguments, release the GIL and raise exceptions; everything else in csrc/
 // is plain C++ over raw pointers.
+#include "py.h"
+
 #include <initializer_list>
 
-#include "py.h"
+#include "foresight.h"
+#include "pool.h"
 
 namespace {
 
@@ -30,5 +33,6 @@ PyMODINIT_FUNC PyInit__C() {
             return nullptr;
         }
     }
+    moert::set_pastime(moert::bring_piece);
     return module;
 }

@@ -27,6 +27,7 @@ class Pool {
     int threads();
     int set_threads(int n);
     void stop();
+    void set_pastime(bool (*piece)()) { jobs_.set_pastime(piece); }
 
   private:
     void refuse_if_unusable() const;
@@ -262,6 +263,10 @@ int threads() {
 
 int set_threads(int n) {
     return pool.set_threads(n);
+}
+
+void set_pastime(bool (*piece)()) {
+    pool.set_pastime(piece);
 }
 
 void stop_threads() {

@@ -68,6 +68,10 @@ int threads();
 // while jobs are running or queued.
 int set_threads(int n);
 
+// What workers without a task do before they wait: pieces of a microsecond or two, until one returns false or there is
+// work. It must be safe on several threads at once.
+void set_pastime(bool (*piece)());
+
 // For the end of the process: returns once no task is running and none will start. Unfinished jobs stay so, whoever
 // waits for one never returns, and new work is refused. Does nothing in a fork.
 void stop_threads();

@@ -1,6 +1,7 @@
 // The Python face of experts and of steps of them.
 #include <vector>
 
+#include "foresight.h"
 #include "py_arguments.h"
 
 namespace moert {
@@ -142,10 +143,16 @@ bool as_step(PyObject* args, Step* step) {
     return true;
 }
 
+// Each layer has a gate object of its own.
+void note_reading_of(PyObject* args) {
+    note_reading(PyTuple_GetItem(args, 0), 0);
+}
+
 PyObject* py_ffn_run(PyObject*, PyObject* args) {
     Step step;
     if (!as_step(args, &step)) return nullptr;
     if (step.groups.empty()) Py_RETURN_NONE;
+    note_reading_of(args);
     int64_t nbytes = 0, most = 0;
     for (const Group& group : step.groups) {
         most = group.tokens > most ? group.tokens : most;
@@ -165,6 +172,7 @@ PyObject* py_ffn_run(PyObject*, PyObject* args) {
 PyObject* py_ffn_submit(PyObject*, PyObject* args) {
     Step step;
     if (!as_step(args, &step)) return nullptr;
+    note_reading_of(args);
     std::unique_ptr<std::shared_ptr<Job>> job;
     if (!without_gil([&] { job = std::make_unique<std::shared_ptr<Job>>(submit(make_ffn(std::move(step)))); }))
         return nullptr;

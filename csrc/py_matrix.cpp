@@ -1,4 +1,5 @@
 // The Python face of matrices, products and instruction sets.
+#include "foresight.h"
 #include "py_arguments.h"
 
 namespace moert {
@@ -59,6 +60,7 @@ PyObject* py_matrix(PyObject*, PyObject* args) {
 
 PyObject* multiply(const Product& product) {
     const bool done = without_gil([&] {
+        note_reading(product.w.data, weight_bytes(product.w));
         const std::unique_ptr<Work> work = make_linear(product);
         if (weight_bytes(product.w) < kWorthSharing && product.tokens <= kTokenBlock)
             run_here(*work);

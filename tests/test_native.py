@@ -31,7 +31,7 @@ def shipped_flags() -> list[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with kernels_check, and in csrc/ an object for each source, compiled as setup.py does."""
+    """A folder with the checks of kernels and foresight, and in csrc/ an object for each source, compiled as setup.py does."""
     if shutil.which("make") is None or shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no make, or no C++ compiler")
     folder = tmp_path_factory.mktemp("native")
@@ -46,6 +46,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tests/native/native.mk",
         *settings,
         f"{folder}/kernels_check",
+        f"{folder}/foresight_check",
         "objects",
     ]
     child = subprocess.run(command, cwd=ROOT, env=OUTSIDE_MAKE, capture_output=True, text=True, timeout=280)
@@ -66,6 +67,11 @@ def test_kernels_compute_what_their_formats_mean(built: Path) -> None:
     assert child.returncode == 0, f"exit status {child.returncode}\n{child.stdout}{child.stderr}"
     checked = {line.split(maxsplit=1)[0].removesuffix("_dotprod") for line in child.stdout.splitlines()}
     assert checked == set(_C.isa_names(True).split()), "not every usable instruction set was checked"
+
+
+def test_what_is_read_next_is_foreseen(built: Path) -> None:
+    child = subprocess.run([built / "foresight_check"], capture_output=True, text=True, timeout=240)
+    assert (child.returncode, child.stdout) == (0, "all hold\n"), child.stderr
 
 
 @pytest.mark.slow
