@@ -25,6 +25,25 @@ struct Gate {
     float alpha = 1, gate_limit = 0, up_limit = 0, up_offset = 0, output_limit = 0;
 };
 
+// Where a norm's weight comes in:
+//   kAfterRounding   y = round(w * round(x * r))
+//   kBeforeRounding  y = round(w * (x * r))
+//   kOnePlus         y = round((1 + w) * (x * r))
+// with r = 1 / sqrt(mean(x^2) + eps), where round is to the type of x.
+enum class Scale : int { kAfterRounding, kBeforeRounding, kOnePlus };
+
+constexpr int kScales = 3;
+
+struct Norm {
+    Scale scale = Scale::kAfterRounding;
+    Number number = Number::kFp32;  // of x, y and the weight
+    float eps = 0;
+    int64_t width = 0;
+    const uint8_t* weight = nullptr;
+};
+
+constexpr int64_t kMostTurned = 1024;
+
 // All in fp32 with a rounding after each operation, so every instruction set gives the same bits, but for the curves of
 // the C library (kGelu, kTanh), which are the same code everywhere.
 struct Pointwise {
@@ -37,6 +56,11 @@ struct Pointwise {
     void (*add)(float* to, const float* from, int64_t n);
     // to += from * weight
     void (*add_weighted)(float* to, const float* from, float weight, int64_t n);
+    // One row of `width` numbers; y may not be x. The squares are summed in double precision.
+    void (*normalise)(const Norm& norm, const uint8_t* x, uint8_t* y);
+    // y = round(round(x * cos) + round(half-turned x * sin)) over n numbers, where half-turned x is minus its second
+    // half and then its first; y may not be x. Needs n <= kMostTurned.
+    void (*turn)(Number number, const uint8_t* x, const float* cos, const float* sin, uint8_t* y, int64_t n);
 };
 
 extern const Pointwise kPointwiseScalar;

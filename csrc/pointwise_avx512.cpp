@@ -28,9 +28,13 @@ void narrow_fp16(const float* from, uint8_t* to, int64_t n) {
 
 #include "pointwise.inl"
 
+#include "norm.inl"
+
+#include "rotary.inl"
+
 }  // namespace
 
-const Pointwise kPointwiseAvx512 = {widen, narrow, round_numbers, gate_numbers, add, add_weighted};
+const Pointwise kPointwiseAvx512 = {widen, narrow, round_numbers, gate_numbers, add, add_weighted, normalise, turn};
 
 }  // namespace moert
 

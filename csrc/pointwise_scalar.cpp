@@ -16,8 +16,12 @@ void narrow_fp16(const float* from, uint8_t* to, int64_t n) {
 
 #include "pointwise.inl"
 
+#include "norm.inl"
+
+#include "rotary.inl"
+
 }  // namespace
 
-const Pointwise kPointwiseScalar = {widen, narrow, round_numbers, gate_numbers, add, add_weighted};
+const Pointwise kPointwiseScalar = {widen, narrow, round_numbers, gate_numbers, add, add_weighted, normalise, turn};
 
 }  // namespace moert

@@ -83,6 +83,8 @@ T* disclose(PyObject* capsule, const char* name) {
 extern PyMethodDef memory_methods[];
 extern PyMethodDef matrix_methods[];
 extern PyMethodDef ffn_methods[];
+extern PyMethodDef norm_methods[];
+extern PyMethodDef rotary_methods[];
 extern PyMethodDef pool_methods[];
 
 }  // namespace moert

@@ -47,6 +47,31 @@ def job_ready(job: object, /) -> bool: ...
 def job_wait(job: object, /) -> None: ...
 def linear(matrix: object, number: str, x: int, tokens: int, bias: int | None, y: int, /) -> None: ...
 def product(number: str, weight: int, n: int, k: int, x: int, tokens: int, bias: int | None, y: int, /) -> None: ...
+def rms_norm(
+    scale: str,
+    number: str,
+    eps: float,
+    weight: int,
+    width: int,
+    x: int,
+    x_stride: int,
+    y: int,
+    y_stride: int,
+    rows: int,
+    /,
+) -> None: ...
+def rotate(
+    number: str,
+    sizes: tuple[int, int, int, int, int],
+    x: int,
+    x_steps: tuple[int, ...],
+    y: int,
+    y_steps: tuple[int, ...],
+    cos: int,
+    sin: int,
+    angle_steps: tuple[int, int],
+    /,
+) -> None: ...
 def kernel_name(matrix: object, tokens: int, /) -> str: ...
 def use_isa(name: str | None, /) -> str: ...
 def isa() -> str: ...

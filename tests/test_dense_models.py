@@ -14,7 +14,9 @@ from torch import nn
 
 import moert
 from moert.hf.dense_compute import DenseForward, count
+from moert.hf.own_forward import OwnForward
 from moert.hf.reference import Products, round_as_moert
+from moert.hf.routers import RouterForward
 
 FAMILY = "qwen3_moe"
 
@@ -39,7 +41,9 @@ def test_model_is_what_transformers_computes_and_undone(dtype: torch.dtype, zoo:
     ]
     moert.patch(model, host_memory="25%")
     assert count(model) == len(linears) > 8
-    assert calls.during(lambda: logits(model, specimen.inputs)) == len(linears)
+    routers = count(model, RouterForward)
+    assert routers == model.config.num_hidden_layers
+    assert calls.during(lambda: logits(model, specimen.inputs)) == len(linears) + routers
     for path, module in linears.items():
         with torch.no_grad():
             found, expected = module(inputs[path]).double(), exact(module, inputs[path])
@@ -79,7 +83,7 @@ def test_option(route: str, wanted: bool | None, zoo: Zoo, calls: Calls) -> None
         asked = calls.during(lambda: logits(model, specimen.inputs))
         assert (asked > 0) == (count(model) > 0) == (wanted is not False)
         moert.unpatch(model)
-        assert count(model) == 0
+        assert count(model, OwnForward) == 0
         assert calls.during(lambda: logits(model, specimen.inputs)) == 0
     finally:
         if count(model):
@@ -93,7 +97,7 @@ def test_option_of_another_kind_is_refused() -> None:
 
 def test_fp32_models_are_left_alone(zoo: Zoo) -> None:
     with moert.patch(zoo.fresh(FAMILY), host_memory="50%") as model:
-        assert count(model) == 0
+        assert count(model, OwnForward) == 0
 
 
 def test_patch_that_fails_takes_nothing(zoo: Zoo) -> None:

@@ -31,7 +31,7 @@ def shipped_flags() -> list[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checks of kernels and foresight, and in csrc/ an object for each source, compiled as setup.py does."""
+    """A folder with the checks, and in csrc/ an object for each source, compiled as setup.py does."""
     if shutil.which("make") is None or shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no make, or no C++ compiler")
     folder = tmp_path_factory.mktemp("native")
@@ -47,6 +47,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *settings,
         f"{folder}/kernels_check",
         f"{folder}/foresight_check",
+        f"{folder}/norm_check",
         "objects",
     ]
     child = subprocess.run(command, cwd=ROOT, env=OUTSIDE_MAKE, capture_output=True, text=True, timeout=280)
@@ -72,6 +73,11 @@ def test_kernels_compute_what_their_formats_mean(built: Path) -> None:
 def test_what_is_read_next_is_foreseen(built: Path) -> None:
     child = subprocess.run([built / "foresight_check"], capture_output=True, text=True, timeout=240)
     assert (child.returncode, child.stdout) == (0, "all hold\n"), child.stderr
+
+
+def test_norms_are_the_same_in_every_instruction_set(built: Path) -> None:
+    child = subprocess.run([built / "norm_check"], capture_output=True, text=True, timeout=60)
+    assert child.returncode == 0, f"exit status {child.returncode}\n{child.stdout}{child.stderr}"
 
 
 @pytest.mark.slow

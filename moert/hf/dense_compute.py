@@ -1,81 +1,76 @@
-"""The dense linear layers of a model on the CPU, computed by moert's kernels instead of torch's."""
+"""The dense layers of a model on the CPU, computed by moert's kernels instead of torch's."""
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
-from moert.errors import MoertError
 from moert.hf.adapters import adapter_for
 from moert.hf.experts import OffloadedExperts
+from moert.hf.norms import norm_forward
+from moert.hf.own_forward import Note, OwnForward, is_differentiated, is_recorded
+from moert.hf.rotary import rotary_forward
+from moert.hf.routers import Linear, router_forward
 from moert.kernels.cpu import HALVES, linear
 
-Note = Callable[[torch.Tensor, torch.Tensor], None]
-"""Called with one product as moert and as torch computes it."""
-
-_taken: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Linear]]] = weakref.WeakKeyDictionary()
+_taken: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = weakref.WeakKeyDictionary()
 """Model -> its layers that have been taken over; not in the model, which can be pickled."""
 
 
-class DenseForward:
-    """Stands in an `nn.Linear`'s own `forward`, where Python finds it before the class's.
+class DenseForward(OwnForward):
+    """Stands in an `nn.Linear`'s own `forward`.
 
-    The module keeps its class, parameters and hooks. Its weight is read anew at every call, so it may be replaced, cast
-    or moved; what moert's kernels are not for is computed as the class does it.
+    The weight is read anew at every call, so it may be replaced, cast or moved; what moert's kernels are not for is
+    computed as the class does it.
     """
-
-    def __init__(self, module: nn.Linear, note: Note | None = None) -> None:
-        # A module that its own attribute holds would outlive its last user, with its weights.
-        self._module = weakref.ref(module)
-        self._note = note
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # the name that callers may use
         """[..., K] -> [..., N], as `nn.Linear.forward`."""
-        module = self._module()
-        if module is None:
-            raise MoertError("this is the forward of a linear layer that is gone; keep the layer and call that")
-        weight, bias = module.weight, module.bias
-        if not _is_for_kernels(input, weight, bias):
-            return torch.nn.functional.linear(input, weight, bias)
-        output = linear(input, weight, bias)
-        if self._note is not None:
-            self._note(output, torch.nn.functional.linear(input, weight, bias))
-        return output
+        module: Any = self.module()
+        return _product(input, module.weight, module.bias, self._note)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """For the copy of the module, which is being made; alone, it stays with its module."""
-        copied = memo.get(id(self._module()))
-        return DenseForward(copied, self._note) if isinstance(copied, nn.Linear) else self
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A pickled module needs no moert to be read: it computes as its class does.
-        return getattr, (self._module(), "forward")
+def _product(
+    input: torch.Tensor,  # noqa: A002
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    note: Note | None = None,
+) -> torch.Tensor:
+    """As `torch.nn.functional.linear`."""
+    if not _is_for_kernels(input, weight, bias):
+        return torch.nn.functional.linear(input, weight, bias)
+    output = linear(input, weight, bias)
+    if note is not None:
+        note(output, torch.nn.functional.linear(input, weight, bias))
+    return output
 
 
 def take_over(model: nn.Module, wanted: bool | None, note: Note | None = None) -> int:
-    """Have moert's kernels compute the linear layers of `model` outside its experts; undone by `give_back`.
+    """Have moert's kernels compute the dense layers of `model`, those outside its experts; undone by `give_back`.
 
-    Taken are modules whose class is exactly `nn.Linear`, with a contiguous 16-bit weight on the CPU, unless somebody
-    gave them a forward of their own already.
+    Taken are, on the CPU in 16 bits, modules whose class is exactly `nn.Linear`, norms, routers with a weight of their
+    own, and attentions for their rotary embedding, unless somebody gave them a forward of their own already.
 
     Args:
         wanted: False leaves all as they are, None as well unless the whole model is on the CPU.
-        note: called for each product with moert's and torch's, which then is computed too.
+        note: called for each product and norm with moert's and torch's, which then is computed too.
 
     Returns:
         How many layers have been taken.
     """
     if wanted is False or (wanted is None and not _is_on_cpu(model)):
         return 0
-    taken = []
+    taken: list[weakref.ref[nn.Module]] = []
+    embeddings: dict[Any, bool | None] = {}
     for module in _outside_experts(model):
-        if type(module) is nn.Linear and "forward" not in vars(module) and _is_weight(module.weight):
-            module.forward = DenseForward(module, note)  # type: ignore[method-assign]
+        forward = None if "forward" in vars(module) else _forward_for(module, embeddings, note)
+        if forward is not None:
+            module.forward = forward  # type: ignore[assignment]
             taken.append(weakref.ref(module))
     _taken.setdefault(model, []).extend(taken)
     return len(taken)
@@ -85,13 +80,31 @@ def give_back(model: nn.Module) -> None:
     """Leave every layer that `take_over` took, and copies of them that came into the model since, to its class."""
     taken = (reference() for reference in _taken.pop(model, ()))
     for module in (*taken, *model.modules()):
-        if module is not None and isinstance(vars(module).get("forward"), DenseForward):
+        if module is not None and isinstance(vars(module).get("forward"), OwnForward):
             del module.forward
 
 
-def count(model: nn.Module) -> int:
-    """How many layers in `model` are computed by moert's kernels."""
-    return sum(isinstance(vars(module).get("forward"), DenseForward) for module in model.modules())
+def count(model: nn.Module, kind: type[OwnForward] = DenseForward) -> int:
+    """How many layers in `model` are computed by moert's kernels; linear ones unless asked for another kind."""
+    return sum(isinstance(vars(module).get("forward"), kind) for module in model.modules())
+
+
+def _forward_for(module: nn.Module, embeddings: dict[Any, bool | None], note: Note | None) -> OwnForward | None:
+    if type(module) is nn.Linear:
+        return DenseForward(module, note) if _is_weight(module.weight) else None
+    return (
+        norm_forward(module, note)
+        or router_forward(module, _linear(note))
+        or (rotary_forward(module, embeddings) if _has_halves(module) else None)
+    )
+
+
+def _has_halves(module: nn.Module) -> bool:
+    return any(parameter.dtype in HALVES and parameter.is_cpu for parameter in module.parameters())
+
+
+def _linear(note: Note | None) -> Linear:
+    return _product if note is None else functools.partial(_product, note=note)
 
 
 def _outside_experts(module: nn.Module) -> Iterator[nn.Module]:
@@ -122,8 +135,7 @@ def _is_weight(weight: torch.Tensor) -> bool:
 def _is_for_kernels(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether this product is one of plain numbers in memory, that nobody differentiates, traces or casts."""
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        not is_recorded()
         and type(x) is torch.Tensor
         and _is_weight(weight)
         and x.dtype is weight.dtype
@@ -135,16 +147,7 @@ def _is_for_kernels(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         and x.shape[-1] == weight.shape[1]
         and (bias is None or (bias.dtype is weight.dtype and bias.is_cpu and bias.shape == weight.shape[:1]))
         and not torch.is_autocast_enabled("cpu")
-        and not _is_differentiated(x)
-        and not _is_differentiated(weight)
-        and (bias is None or not _is_differentiated(bias))
-    )
-
-
-def _is_differentiated(tensor: torch.Tensor) -> bool:
-    """Whether autograd needs to see what becomes of it, backwards or forwards, or `torch.func` does."""
-    return (
-        (tensor.requires_grad and torch.is_grad_enabled())
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or forward_ad.unpack_dual(tensor).tangent is not None
+        and not is_differentiated(x)
+        and not is_differentiated(weight)
+        and (bias is None or not is_differentiated(bias))
     )

@@ -1,0 +1,88 @@
+"""The products of routers on the CPU: `F.linear` in the code of a class that is no linear layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moert.hf.rebinding import ReboundForward, names_in, rebind
+from moert.kernels.cpu import HALVES
+
+Linear = Callable[..., torch.Tensor]
+"""What takes the place of `torch.nn.functional.linear`."""
+
+
+class RouterForward(ReboundForward):
+    """Stands in a router's own `forward`: the class's code, in which `linear` is another."""
+
+    def __init__(self, module: nn.Module, linear: Linear) -> None:
+        super().__init__(module, _replaced(type(module).forward, linear))
+
+
+def router_forward(module: nn.Module, linear: Linear) -> RouterForward | None:
+    """A forward for `module`, if its class calls `F.linear` with its own 16-bit weight on the CPU.
+
+    Tried on a copy of it, so that one which casts its weight first is left alone: that product is none of ours.
+    """
+    weight = module._parameters.get("weight")
+    if (
+        isinstance(module, nn.Linear)
+        or weight is None
+        or weight.dim() != 2
+        or weight.dtype not in HALVES
+        or not weight.is_cpu
+        or not _replaced(type(module).forward, torch.nn.functional.linear)
+    ):
+        return None
+    if not any(_asks_for_own_product(module, shape) for shape in ((2, weight.shape[1]), (1, 2, weight.shape[1]))):
+        return None
+    return RouterForward(module, linear)
+
+
+def _replaced(forward: Any, linear: Linear) -> dict[str, Any]:
+    """Global names in the function's code -> what stands for them, where it calls a `linear`."""
+    names = names_in(forward)
+    if "linear" not in names:
+        return {}
+    functional = _StandIn(torch.nn.functional, linear=linear)
+    stand_ins = {id(torch.nn.functional): functional, id(torch.nn): _StandIn(torch.nn, functional=functional)}
+    values = {name: forward.__globals__[name] for name in names if name in forward.__globals__}
+    return {name: stand_ins[id(value)] for name, value in values.items() if id(value) in stand_ins}
+
+
+class _StandIn:
+    """A module, but for some of its names."""
+
+    def __init__(self, module: ModuleType, **instead: Any) -> None:
+        self._module = module
+        vars(self).update(instead)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _with_linear(forward: Any, linear: Linear) -> Callable[..., Any]:
+    return rebind(forward, _replaced(forward, linear))
+
+
+def _asks_for_own_product(module: nn.Module, shape: tuple[int, ...]) -> bool:
+    asked = []
+
+    def watch(input: torch.Tensor, weight: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:  # noqa: A002
+        asked.append(weight is copied.weight and input.dtype is weight.dtype)
+        return torch.nn.functional.linear(input, weight, *rest, **named)
+
+    try:
+        copied: Any = copy.deepcopy(module).eval()
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            _with_linear(type(module).forward, watch)(
+                copied, torch.zeros(shape, dtype=copied.weight.dtype, device="cpu")
+            )
+    except Exception:  # the class's own code may fail in any way
+        return False
+    return any(asked)
