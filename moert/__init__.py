@@ -20,7 +20,7 @@ from moert.errors import (
 )
 
 if TYPE_CHECKING:
-    from moert.api import OffloadConfig, close, load, patch, reset_stats, stats, unpatch
+    from moert.api import OffloadConfig, close, load, patch, reset_stats, resize, stats, unpatch
 
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     # torch's threads spin for milliseconds after each operation, on the cores that moert's compute with; this leaves
@@ -43,11 +43,12 @@ __all__ = [
     "load",
     "patch",
     "reset_stats",
+    "resize",
     "stats",
     "unpatch",
 ]
 
-_LAZY = frozenset({"OffloadConfig", "close", "load", "patch", "reset_stats", "stats", "unpatch"})
+_LAZY = frozenset({"OffloadConfig", "close", "load", "patch", "reset_stats", "resize", "stats", "unpatch"})
 
 
 def __getattr__(name: str) -> object:

@@ -7,16 +7,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import moert.hf  # noqa: F401  # registers the quantizer plug-in, so that OffloadConfig works with from_pretrained
-from moert.config import OffloadConfig
+from moert.config import OffloadConfig, parse_budget
 from moert.errors import ConfigError, KernelUnavailableError
 from moert.hf import loading, patching
 from moert.hf import model as _model
+from moert.runtime.host_tier import Resized
 from moert.runtime.stats import Stats
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["OffloadConfig", "Progress", "close", "load", "patch", "reset_stats", "stats", "unpatch"]
+__all__ = ["OffloadConfig", "Progress", "close", "load", "patch", "reset_stats", "resize", "stats", "unpatch"]
 
 Model = TypeVar("Model", bound="nn.Module")
 
@@ -88,6 +89,30 @@ def unpatch(model: Model) -> Model:
     """
     patching.unpatch(model)
     return model
+
+
+def resize(model: nn.Module, host_memory: int | float | str | None = None) -> Resized:
+    """Give the experts more or less host memory from now on, without loading anything again; no token changes.
+
+    The experts that fit stay resident; which ones leave is the policy's choice. Memory that is given up is the system's
+    again when this returns. It waits for the step that another thread is running, works between two steps, and blocks
+    while memory is filled in or experts are moved within it.
+
+    Args:
+        model: loaded by moert, or patched with less host memory than its experts take.
+        host_memory: as in `load`: "4GiB", bytes, or "25%" of the expert bytes. None: what `load` would take now by
+            default.
+
+    Returns:
+        The slots and bytes before and after.
+
+    Raises:
+        ConfigError: a malformed size.
+        CapacityError: less than one token needs, or more than there is or may be taken; nothing has changed.
+        MoertError: the experts are in the model's own parameters, or nothing is offloaded, or it is closed.
+    """
+    budget = None if host_memory is None else parse_budget(host_memory, "host_memory")
+    return _model.runtime_of(model).resize(budget)
 
 
 def stats(model: nn.Module) -> Stats:

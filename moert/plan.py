@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ def plan_slots(needs: Sequence[LayerNeed], budget: Budget, option: str = "host_m
     Raises:
         CapacityError: some layer would get fewer slots than one token needs; the smallest budget that works is named.
     """
-    least = sum(need.top_k * need.slot_bytes for need in needs)
+    least = least_bytes(needs)
     if budget.share is not None:
         slots = [int(budget.share * need.num_experts + 1e-9) for need in needs]
         short = [need for need, n in zip(needs, slots, strict=True) if n < need.top_k]
@@ -76,6 +77,30 @@ def plan_slots(needs: Sequence[LayerNeed], budget: Budget, option: str = "host_m
                 left -= need.slot_bytes
                 grown = True
     return slots
+
+
+def least_bytes(needs: Sequence[LayerNeed]) -> int:
+    """Bytes of the slots that one token needs, below which no budget works."""
+    return sum(need.top_k * need.slot_bytes for need in needs)
+
+
+def shrink_slots(needs: Sequence[LayerNeed], slots: Sequence[int], nbytes: int) -> list[int]:
+    """The most of the present `slots` that fit in `nbytes`, no layer with more than now and each with its `top_k`.
+
+    One slot after another is taken from the layer with the largest share of its experts in slots, so that all layers
+    end at about the same share. Where `nbytes` is too few, each keeps its `top_k`.
+    """
+    left = list(slots)
+    over = sum(n * need.slot_bytes for n, need in zip(slots, needs, strict=True)) - nbytes
+    queue = [(-n / need.num_experts, i) for i, (n, need) in enumerate(zip(slots, needs, strict=True)) if n > need.top_k]
+    heapq.heapify(queue)
+    while over > 0 and queue:
+        _, i = heapq.heappop(queue)
+        left[i] -= 1
+        over -= needs[i].slot_bytes
+        if left[i] > needs[i].top_k:
+            heapq.heappush(queue, (-left[i] / needs[i].num_experts, i))
+    return left
 
 
 def _percent(need: LayerNeed) -> str:

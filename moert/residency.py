@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from moert.errors import CapacityError
@@ -17,19 +18,42 @@ class Admission(NamedTuple):
     victim: ExpertId | None
 
 
+class Move(NamedTuple):
+    """A resident whose bytes go from one slot to another."""
+
+    expert: ExpertId
+    from_slot: int
+    to_slot: int
+
+
+class Resize(NamedTuple):
+    """What a new number of slots means for the residents: who left, and who lives elsewhere now, each by ascending id.
+
+    The slots moved to were free, so the moves may be carried out in any order.
+    """
+
+    victims: tuple[ExpertId, ...]
+    moves: tuple[Move, ...]
+
+
 class Split(NamedTuple):
     """An event's experts, in ascending order, split by where they are when the step begins."""
 
     hits: tuple[ExpertId, ...]
     misses: tuple[ExpertId, ...]
+    """Those that are not resident, whether they are on their way or not."""
+    arriving: tuple[ExpertId, ...]
+    """The misses that have a slot already, and whose records are on their way into it."""
 
 
 class Residency:
     """The table expert -> slot of one cache of `capacity` equal slots.
 
-    A step is `begin`, then `admit` once for each miss, then `release` once for each expert of the event when it has
-    been computed. From `begin` to `release` an expert that is resident is locked: it is never a victim. An event may
-    be larger than the cache; `admit` then returns None until something has been released.
+    A step is `begin`, then `admit` and, when its record is there, `arrive` for each miss, then `release` once for each
+    expert of the event when it has been computed. An expert of the event is locked while it is resident and not yet
+    released, and any expert is between `admit` and `arrive`: it is never a victim. An event may be larger than the
+    cache; `admit` then returns None until something has been released. Experts may also be admitted and arrive outside
+    a step, or in one that does not need them.
 
     Not thread-safe: one step at a time.
     """
@@ -40,52 +64,58 @@ class Residency:
         Raises:
             CapacityError: `capacity` is less than one slot.
         """
-        if capacity < 1:
-            raise CapacityError(f"a cache needs at least 1 slot, not {capacity}")
+        _check_capacity(capacity)
         self.capacity = capacity
         self.policy = policy
         self._slot_of: dict[ExpertId, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
         self._locked: set[ExpertId] = set()
+        self._arriving: set[ExpertId] = set()
         self._event: frozenset[ExpertId] = frozenset()
 
     def __len__(self) -> int:
-        return len(self._slot_of)
+        return len(self._slot_of) - len(self._arriving)
 
     def __contains__(self, expert: ExpertId) -> bool:
-        return expert in self._slot_of
+        return expert in self._slot_of and expert not in self._arriving
+
+    @property
+    def arriving(self) -> AbstractSet[ExpertId]:
+        """Every expert that has a slot and whose record is on its way into it."""
+        return self._arriving
 
     def slot_of(self, expert: ExpertId) -> int | None:
-        """The slot `expert` holds, or None if it is not resident."""
+        """The slot `expert` holds, resident or arriving, or None."""
         return self._slot_of.get(expert)
 
     @property
     def residents(self) -> tuple[ExpertId, ...]:
         """Every resident expert, ascending."""
-        return tuple(sorted(self._slot_of))
+        return tuple(sorted(self._slot_of.keys() - self._arriving))
 
     def begin(self, event: Sequence[ExpertId]) -> Split:
         """Start a step that needs `event` (each expert once, ascending); its residents are locked from here on."""
         assert not self._event, f"the step over {sorted(self._event)} has not ended"
         self._event = frozenset(event)
         assert len(self._event) == len(event), f"an expert stands twice in the event {event}"
-        hits = tuple(expert for expert in event if expert in self._slot_of)
-        misses = tuple(expert for expert in event if expert not in self._slot_of)
+        hits = tuple(expert for expert in event if expert in self)
+        misses = tuple(expert for expert in event if expert not in self)
+        arriving = tuple(expert for expert in misses if expert in self._arriving)
         self._locked.update(hits)
         self.policy.access(event)
-        return Split(hits, misses)
+        return Split(hits, misses, arriving)
 
     def can_admit(self) -> bool:
         """Whether `admit` would give a slot now."""
         return bool(self._free) or len(self._locked) < len(self._slot_of)
 
     def admit(self, expert: ExpertId) -> Admission | None:
-        """Give `expert` a slot and lock it; its record may be written there from now on.
+        """Give `expert` a slot, locked until it has arrived; its record may be written there from now on.
 
         Returns:
-            None when every slot is held by a locked expert: compute and `release` one first.
+            None when every slot is held by a locked expert: one must `arrive` or be computed and released first.
         """
-        assert expert not in self._slot_of, f"{expert} is resident already"
+        assert expert not in self._slot_of, f"{expert} has a slot already"
         victim = None
         if not self._free:
             if len(self._locked) == len(self._slot_of):
@@ -96,8 +126,15 @@ class Residency:
         slot = self._free.pop()
         self._slot_of[expert] = slot
         self._locked.add(expert)
+        self._arriving.add(expert)
         self.policy.admit(expert)
         return Admission(slot, victim)
+
+    def arrive(self, expert: ExpertId) -> None:
+        """`expert`'s record is whole in its slot: it is resident, and locked if the step needs it."""
+        self._arriving.remove(expert)
+        if expert not in self._event:
+            self._locked.remove(expert)
 
     def release(self, expert: ExpertId) -> None:
         """`expert` has been computed: it stays resident and may be evicted."""
@@ -105,13 +142,49 @@ class Residency:
 
     def abandon(self, expert: ExpertId) -> None:
         """`expert`'s record did not arrive whole: its slot is free again."""
+        self._arriving.remove(expert)
         self._locked.remove(expert)
         self._remove(expert)
 
     def end(self) -> None:
-        """The step is over, computed or not: nothing is locked any more."""
-        self._locked.clear()
+        """The step is over, computed or not: nothing is locked any more but what is arriving."""
+        self._locked = set(self._arriving)
         self._event = frozenset()
+
+    def resize(self, capacity: int) -> Resize:
+        """Have `capacity` slots from now on, between steps and with nothing arriving, at the high end more or fewer.
+
+        The policy chooses who leaves if the residents become too many. A resident of a slot that is taken away moves to
+        a free one; the table says so at once, and the caller moves the bytes.
+
+        Raises:
+            CapacityError: `capacity` is less than one slot; nothing has changed.
+        """
+        assert not self._event, f"the step over {sorted(self._event)} has not ended"
+        assert not self._arriving, f"{sorted(self._arriving)} have not arrived"
+        _check_capacity(capacity)
+        victims: set[ExpertId] = set()
+        while len(self._slot_of) - len(victims) > capacity:
+            victim = self.policy.victim(victims)
+            assert victim in self._slot_of and victim not in victims, f"{self.policy} evicts {victim}"
+            victims.add(victim)
+        for victim in sorted(victims):
+            self._remove(victim)
+        held = set(self._slot_of.values())
+        free = [slot for slot in range(capacity - 1, -1, -1) if slot not in held]
+        moves = []
+        for expert, slot in sorted(self._slot_of.items()):
+            if slot >= capacity:
+                moves.append(Move(expert, slot, free.pop()))
+                self._slot_of[expert] = moves[-1].to_slot
+        self._free = free
+        self.capacity = self.policy.capacity = capacity
+        return Resize(tuple(sorted(victims)), tuple(moves))
+
+    def drop(self, expert: ExpertId) -> None:
+        """`expert` is resident no longer, between steps: its bytes are lost."""
+        assert expert not in self._locked, f"{expert} is locked"
+        self._remove(expert)
 
     def _remove(self, expert: ExpertId) -> None:
         self.policy.evict(expert)
@@ -121,4 +194,13 @@ class Residency:
         """Assert that no slot is held twice or lost and that locks are residents."""
         held = list(self._slot_of.values())
         assert sorted(held + self._free) == list(range(self.capacity)), f"slots held {held}, free {self._free}"
+        assert self.policy.capacity == self.capacity, (
+            f"{self.policy} has {self.policy.capacity} of {self.capacity} slots"
+        )
         assert self._locked <= self._slot_of.keys(), f"locked but absent: {self._locked - self._slot_of.keys()}"
+        assert self._arriving <= self._locked, f"arriving but not locked: {self._arriving - self._locked}"
+
+
+def _check_capacity(capacity: int) -> None:
+    if capacity < 1:
+        raise CapacityError(f"a cache needs at least 1 slot, not {capacity}")

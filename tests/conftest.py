@@ -92,3 +92,24 @@ def load(zoo: Zoo) -> Iterator[Callable[..., Any]]:
     yield _load
     for model in loaded:
         moert.close(model)
+
+
+@pytest.fixture(params=["load", "patch"])
+def offloaded(request: pytest.FixtureRequest, tiny_olmoe: Path) -> Iterator[Callable[..., Any]]:
+    """`offloaded(**options)`: the tiny model, loaded by moert or patched, closed when the test ends."""
+    from transformers import OlmoeForCausalLM
+
+    import moert
+
+    models = []
+
+    def make(**options: Any) -> Any:
+        if request.param == "load":
+            models.append(moert.load(tiny_olmoe, **options))
+        else:
+            models.append(moert.patch(OlmoeForCausalLM.from_pretrained(tiny_olmoe), **options))
+        return models[-1]
+
+    yield make
+    for model in models:
+        moert.close(model)

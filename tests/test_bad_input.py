@@ -336,13 +336,13 @@ def test_full_disk_under_the_cache_folder(tiny_olmoe: Path, tmp_path: Path, monk
 
 
 def test_patch_without_memory_for_its_slots_changes_nothing(tiny_olmoe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: int) -> None:
+    def refuse(*_: object) -> None:
         raise moert.CapacityError("no memory today")
 
     model = OlmoeForCausalLM.from_pretrained(tiny_olmoe)
     before, weights = logits(model), {name: p.clone() for name, p in model.named_parameters()}
     with monkeypatch.context() as patch:
-        patch.setattr("moert.runtime.runtime.HostArena", refuse)
+        patch.setattr("moert.runtime.runtime.HostTier", refuse)
         with pytest.raises(moert.CapacityError, match="no memory today"):
             moert.patch(model, host_memory="25%")
     assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())

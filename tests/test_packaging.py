@@ -23,7 +23,7 @@ LAYERS = (
     ("tiers", "formats"),
     ("policies", "predictors", "schedule"),
     ("residency",),
-    ("plan", "simulate", "trace"),
+    ("plan", "pressure", "simulate", "trace"),
     ("runtime",),
     ("hf",),
     ("api",),
@@ -33,7 +33,18 @@ LAYERS = (
 RANKS = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 # What decides sees ids, sizes and costs, so that the same object runs live and in the simulator.
-WITHOUT_TORCH = ("policies", "residency", "schedule", "simulate", "plan", "config", "errors", "types", "plugins")
+WITHOUT_TORCH = (
+    "policies",
+    "residency",
+    "schedule",
+    "simulate",
+    "plan",
+    "pressure",
+    "config",
+    "errors",
+    "types",
+    "plugins",
+)
 
 
 def run_python(code: str, cwd: Path, **env: str) -> str:

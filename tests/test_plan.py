@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moert.config import Budget
 from moert.errors import CapacityError
-from moert.plan import LayerNeed, default_budget, plan_slots
+from moert.plan import LayerNeed, default_budget, least_bytes, plan_slots, shrink_slots
 
 needs_lists = st.lists(
     st.tuples(st.integers(2, 16), st.integers(1, 4), st.integers(1, 3)).map(
@@ -63,3 +63,29 @@ def test_default_leaves_head_room_and_takes_no_more_than_it_needs() -> None:
     assert default_budget([LayerNeed("l", 1000, 1 << 30, 1 << 30, 2)], available).nbytes == int(available * 0.8) - (
         256 << 20
     )
+
+
+@given(needs=needs_lists, percent=st.integers(0, 100), nbytes=st.integers(0, 3_000_000))
+def test_shrinking_takes_no_more_than_it_must_and_from_the_fullest(
+    needs: list[LayerNeed], percent: int, nbytes: int
+) -> None:
+    slots = [max(need.top_k, percent * need.num_experts // 100) for need in needs]
+    left = shrink_slots(needs, slots, nbytes)
+    size = sum(n * need.slot_bytes for n, need in zip(left, needs, strict=True))
+    assert all(need.top_k <= n <= had for need, n, had in zip(needs, left, slots, strict=True))
+    assert size <= max(nbytes, least_bytes(needs))
+    took = [i for i, n in enumerate(left) if n < slots[i]]
+    if took:
+        assert any(size + needs[i].slot_bytes > nbytes for i in took), "one slot too many was taken"
+    for i in took:
+        for other, need in enumerate(needs):
+            fuller = left[other] / need.num_experts > (left[i] + 1) / needs[i].num_experts
+            assert left[other] == need.top_k or not fuller, "a fuller layer was spared"
+
+
+def test_shrinking_equal_layers_keeps_them_equal() -> None:
+    needs = [LayerNeed(f"layers.{i}", 64, 1 << 20, 1 << 20, 8) for i in range(4)]
+    assert shrink_slots(needs, [64] * 4, 64 << 20) == [16] * 4
+    assert sorted(shrink_slots(needs, [64] * 4, 62 << 20)) == [15, 15, 16, 16]
+    assert shrink_slots(needs, [64] * 4, 1) == [8] * 4
+    assert shrink_slots(needs, [20] * 4, 1 << 40) == [20] * 4

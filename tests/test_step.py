@@ -18,8 +18,10 @@ from moert.policies import make_policy
 from moert.residency import Residency
 from moert.runtime import step as step_module
 from moert.runtime.layer import Fetch, LayerCache, LayerSpec
+from moert.runtime.pipeline import Pipeline
 from moert.runtime.routing import group_by_expert
 from moert.runtime.step import run_step
+from moert.tiers.disk import Priority
 from moert.types import ExpertId
 
 D, E = 8, 6
@@ -54,6 +56,9 @@ class FakeHandle:
     def cancel(self) -> bool:
         return False
 
+    def promote(self) -> None:
+        pass
+
 
 class FakeLayer(LayerCache):
     """Slots of NaN that become an expert's weights when its read is waited for."""
@@ -65,11 +70,15 @@ class FakeLayer(LayerCache):
         self.failing = set(failing)
         self.slots = torch.full((capacity, D, D), torch.nan)
         self.fetched: list[int] = []
+        self.pipeline = Pipeline([self], 4)
 
     def _can_submit(self) -> bool:
         return True
 
-    def _submit(self, expert: int, slot: int) -> Fetch:
+    def read_bytes(self, expert: int) -> int:
+        return 4096
+
+    def _submit(self, expert: int, slot: int, priority: Priority) -> Fetch:
         self.slots[slot] = torch.nan
         self.fetched.append(expert)
         error = TransferError(5, "no luck", "shard") if expert in self.failing else None
@@ -106,7 +115,9 @@ def expected(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> 
 
 
 def run(layer: FakeLayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, n: int = 4) -> torch.Tensor:
-    return run_step(layer, compute, hidden, ids, weights, reads_in_flight=n, check=True)
+    if not layer.pipeline.busy:
+        layer.pipeline = Pipeline([layer], n)
+    return run_step(layer, compute, hidden, ids, weights, pipeline=layer.pipeline, check=True)
 
 
 def routing(
@@ -163,7 +174,7 @@ def test_resident_experts_run_while_the_missing_are_read() -> None:
         ran_at.append(time.perf_counter() - begin)
         return compute(x, w)
 
-    run_step(layer, timed, hidden, ids, weights, reads_in_flight=4)
+    run_step(layer, timed, hidden, ids, weights, pipeline=layer.pipeline)
     assert len([at for at in ran_at if at < 0.4]) == E - 1, ran_at
     assert layer.stats.stall_s > 0.02
 
@@ -190,7 +201,7 @@ def test_interrupted_step_leaves_nothing_locked() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_step(layer, interrupted, hidden, ids, weights, reads_in_flight=4)
+        run_step(layer, interrupted, hidden, ids, weights, pipeline=layer.pipeline)
     layer.residency.check_integrity()
     assert torch.equal(run(layer, hidden, ids, weights), run(FakeLayer(E, {}), hidden, ids, weights))
 
@@ -210,13 +221,14 @@ def test_counts_of_a_step() -> None:
 
 def test_half_precision_is_summed_in_single() -> None:
     hidden, ids, weights = routing(6, 3, seed=1, sentinels=False)
+    layer = FakeLayer(E, {})
     low = run_step(
-        FakeLayer(E, {}),
+        layer,
         lambda x, w: compute(x.float(), w).bfloat16(),
         hidden.bfloat16(),
         ids,
         weights.bfloat16(),
-        reads_in_flight=4,
+        pipeline=layer.pipeline,
     )
     assert low.dtype == torch.bfloat16
     exact = torch.zeros(6, D, dtype=torch.float64)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moert.tiers.memory import available_bytes, memory_report, peak_rss_bytes, rss_bytes
+from moert.tiers.memory import available_bytes, memory_report, peak_rss_bytes, rss_bytes, why_no_reservation
 
 GIB = 1 << 30
 V1_UNLIMITED = "9223372036854771712"
@@ -137,6 +137,35 @@ def test_a_mount_point_with_a_blank_is_found(machine: FakeMachine) -> None:
     machine.process("0::/job\n", V2_MOUNT.format(mounted="/", at=r"/my\040groups"))
     machine.v2("my groups/job", maximum=str(GIB))
     assert available_bytes(machine.root) == GIB
+
+
+STALLS = "some avg10={avg10} avg60=99.00 avg300=99.00 total=1\nfull avg10=77.00 avg60=0.00 avg300=0.00 total=0\n"
+
+
+def test_stalls_are_read_where_the_bound_is(machine: FakeMachine) -> None:
+    machine.process("0::/a/b\n", V2_MOUNT.format(mounted="/", at="/sys/fs/cgroup"))
+    machine.v2("sys/fs/cgroup/a/b", maximum=str(30 * GIB))
+    machine.v2("sys/fs/cgroup/a", maximum=str(20 * GIB))
+    machine.write("proc/pressure/memory", STALLS.format(avg10="12.50"))
+    machine.write("sys/fs/cgroup/a/memory.pressure", STALLS.format(avg10="0.00"))
+    assert [limit.stalled for limit in memory_report(machine.root).limits] == [0.125, None, 0.0]
+    machine.write("proc/pressure/memory", "")
+    assert memory_report(machine.root).limits[0].stalled is None
+
+
+@pytest.mark.parametrize(("overcommit", "free"), [("0\n", True), ("1\n", True), ("2\n", False)])
+def test_address_space_is_not_free_where_it_counts_as_memory(machine: FakeMachine, overcommit: str, free: bool) -> None:
+    machine.write("proc/sys/vm/overcommit_memory", overcommit)
+    assert (why_no_reservation(machine.root) is None) == free
+
+
+def test_address_space_is_not_free_where_it_is_limited() -> None:
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30));"
+        "from moert.tiers.memory import why_no_reservation; print(why_no_reservation())"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "limited to 8.0 GiB (ulimit -v)" in child.stdout
 
 
 def test_an_overdrawn_group_leaves_nothing(machine: FakeMachine) -> None:

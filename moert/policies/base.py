@@ -18,6 +18,9 @@ class Policy(ABC):
             if full: evict(victim(locked)) # never a member of the event that is still to be computed
             admit(miss)
 
+    Between steps the cache may get another number of slots. Those that have to leave are asked for one by one, each
+    with those before it locked, and evicted; then `capacity` changes.
+
     A policy whose rule is a score only has to keep the scores in `access`, `admit` and `evict`, and return the
     lowest resident in `victim`.
     """

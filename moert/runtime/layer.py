@@ -10,11 +10,12 @@ import torch
 
 from moert.formats import TensorSpec
 from moert.kernels.cpu import Expert
-from moert.residency import Residency
+from moert.residency import Residency, Resize
 from moert.runtime.fused import FusedExperts
 from moert.runtime.records import Record, RecordSource
 from moert.runtime.staging import StagingBuffer, StagingPool
 from moert.runtime.stats import LayerStats
+from moert.runtime.storage import Storage
 from moert.tiers.arena import SlotBank
 from moert.tiers.disk import DiskReader, Priority, Read, ReadHandle
 from moert.types import ExpertId
@@ -53,10 +54,18 @@ class LayerSpec:
     """The kernels that compute this layer's experts whole; None: they are computed one by one, through the module."""
     unfused_reason: str | None = None
     """Why not."""
+    storage: Storage | None = field(default=None, compare=False)
+    """How the experts are stored; None: as `tensors` says."""
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """The tensors of one expert in its slot."""
+        return self.tensors if self.storage is None else self.storage.stored
 
     @property
     def expert_bytes(self) -> int:
-        return sum(spec.nbytes for spec in self.tensors)
+        """Bytes of one expert in its slot, without alignment."""
+        return sum(spec.nbytes for spec in self.stored)
 
 
 class LayerCache(ABC):
@@ -70,7 +79,12 @@ class LayerCache(ABC):
 
     @abstractmethod
     def weights(self, expert: int) -> Weights:
-        """A resident expert's tensors; valid while it is locked, read-only."""
+        """A resident expert's tensors as they are stored; valid while it is locked, read-only."""
+
+    def own_weights(self, expert: int) -> Weights:
+        """A resident expert's tensors as its module has them: `weights`, or new memory where those are encoded."""
+        storage, weights = self.spec.storage, self.weights(expert)
+        return weights if storage is None else storage.decode(weights)
 
     def fused_expert(self, expert: int) -> Expert:
         """A resident expert as the layer's fused kernels take it; valid while it is locked."""
@@ -85,10 +99,14 @@ class LayerCache(ABC):
         """Whether `_submit` has the buffers it needs now."""
 
     @abstractmethod
-    def _submit(self, expert: int, slot: int) -> Fetch:
+    def _submit(self, expert: int, slot: int, priority: Priority) -> Fetch:
         """Start reading `expert` into `slot`; returns at once."""
 
-    def start(self, expert: ExpertId) -> Fetch | None:
+    @abstractmethod
+    def read_bytes(self, expert: int) -> int:
+        """What bringing `expert` up reads, alignment included."""
+
+    def start(self, expert: ExpertId, priority: Priority) -> Fetch | None:
         """Admit a missing expert and start reading it; returns at once. Settle it with `arrive`.
 
         Returns:
@@ -102,8 +120,9 @@ class LayerCache(ABC):
         if admission.victim is not None:
             self.stats.resident_bytes -= self.spec.expert_bytes
             self._fused.pop(admission.victim.expert, None)
+        self._fused.pop(expert.expert, None)  # were one left, it would point at another slot
         try:
-            return self._submit(expert.expert, admission.slot)
+            return self._submit(expert.expert, admission.slot, priority)
         except BaseException:
             self.residency.abandon(expert)
             raise
@@ -121,6 +140,7 @@ class LayerCache(ABC):
             self.residency.abandon(expert)
             raise
         fetch.finish()
+        self.residency.arrive(expert)
         self.stats.bytes_read += fetch.read_bytes
         self.stats.read_s += fetch.handle.read_s
         self.stats.resident_bytes += self.spec.expert_bytes
@@ -134,11 +154,9 @@ class ParameterLayer(LayerCache):
         super().__init__(spec, residency)
         self.stats.resident_bytes = spec.num_experts * spec.expert_bytes
         self._weights = weights
-        experts = [ExpertId(spec.index, expert) for expert in range(spec.num_experts)]
-        residency.begin(experts)
-        for expert in experts:
-            residency.admit(expert)
-        residency.end()
+        for expert in range(spec.num_experts):
+            residency.admit(ExpertId(spec.index, expert))
+            residency.arrive(ExpertId(spec.index, expert))
 
     def weights(self, expert: int) -> Weights:
         return self._weights[expert]
@@ -146,8 +164,11 @@ class ParameterLayer(LayerCache):
     def _can_submit(self) -> bool:
         return True
 
-    def _submit(self, expert: int, slot: int) -> Fetch:
+    def _submit(self, expert: int, slot: int, priority: Priority) -> Fetch:
         raise AssertionError(f"expert {expert} of {self.spec.name} is in memory and was fetched")
+
+    def read_bytes(self, expert: int) -> int:
+        return 0
 
 
 class SlotLayer(LayerCache):
@@ -174,8 +195,9 @@ class SlotLayer(LayerCache):
         self._reader = reader
         self._staging = staging
         self._poison = poison
-        self._slots = [torch.frombuffer(bank.slot(slot), dtype=torch.uint8) for slot in range(bank.n_slots)]
-        self._views: list[Weights] = [{} for _ in self._slots]
+        self._slots: list[torch.Tensor] = []
+        self._views: list[Weights] = []
+        self._take_slots()
 
     def weights(self, expert: int) -> Weights:
         slot = self.residency.slot_of(ExpertId(self.spec.index, expert))
@@ -185,23 +207,31 @@ class SlotLayer(LayerCache):
     def _can_submit(self) -> bool:
         return self._staging is None or self._staging.can_acquire()
 
-    def _submit(self, expert: int, slot: int) -> Fetch:
+    def read_bytes(self, expert: int) -> int:
+        return self._source.record(self.spec.index, expert).read_bytes
+
+    def _submit(self, expert: int, slot: int, priority: Priority) -> Fetch:
         record = self._source.record(self.spec.index, expert)
         if self._poison:
             self._bank.poison(slot)
         self._views[slot] = record.layout.views(self._slots[slot])
         if record.is_direct:
             reads = self._reads(record, self._bank.slot(slot))
-            return Fetch(self._reader.submit_read(reads, Priority.DEMAND), record.read_bytes)
+            check = record.check
+            finish = None if check is None else lambda _: check(reads)
+            return Fetch(self._reader.submit_read(reads, priority, finish=finish), record.read_bytes)
         assert self._staging is not None
         staging = self._staging.acquire()
         target = self._slots[slot]
+        reads = self._reads(record, staging.memory)
 
         def convert(_: tuple[int, ...]) -> None:
+            if record.check is not None:
+                record.check(reads)
             record.fill(staging.tensor, target)
 
         try:
-            handle = self._reader.submit_read(self._reads(record, staging.memory), Priority.DEMAND, finish=convert)
+            handle = self._reader.submit_read(reads, priority, finish=convert)
         except BaseException:
             staging.release()
             raise
@@ -217,6 +247,38 @@ class SlotLayer(LayerCache):
             )
             for span, position in zip(record.reads, record.positions, strict=True)
         ]
+
+    def resize(self, n_slots: int) -> Resize:
+        """Have `n_slots` slots from now on, between steps; the caller has grown the bank before, or shrinks it after.
+
+        Blocks while residents of the slots that go are copied into others; their weights are the same as before.
+        """
+        change = self.residency.resize(n_slots)
+        self.stats.resident_bytes -= len(change.victims) * self.spec.expert_bytes
+        for expert in (*change.victims, *(move.expert for move in change.moves)):
+            self._fused.pop(expert.expert, None)
+        waiting = list(change.moves)
+        try:
+            while waiting:
+                move = waiting[-1]
+                self._slots[move.to_slot].copy_(self._slots[move.from_slot])
+                layout = self._source.record(self.spec.index, move.expert.expert).layout
+                self._views[move.to_slot] = layout.views(self._slots[move.to_slot])
+                waiting.pop()
+        finally:
+            # Interrupted: those whose bytes are not where the table says are as good as evicted.
+            for move in waiting:
+                self.residency.drop(move.expert)
+                self.stats.resident_bytes -= self.spec.expert_bytes
+            del self._slots[n_slots:], self._views[n_slots:]
+        self._take_slots()
+        return change
+
+    def _take_slots(self) -> None:
+        """Views of the residency's slots that have none yet."""
+        for slot in range(len(self._slots), self.residency.capacity):
+            self._slots.append(torch.frombuffer(self._bank.slot(slot), dtype=torch.uint8))
+            self._views.append({})
 
     def close(self) -> None:
         """Drop every view of the bank's memory."""

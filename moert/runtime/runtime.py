@@ -1,31 +1,38 @@
-"""Everything that keeps one model's experts: the arena, the reader, the files, and a cache for each layer."""
+"""Everything that keeps one model's experts: the host tier, the reader, the files, and a cache for each layer."""
 
 from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 
 import torch
 
-from moert.config import OffloadConfig
+from moert.config import Budget, OffloadConfig
 from moert.errors import MoertError
-from moert.plan import LayerNeed, default_budget, plan_slots
+from moert.plan import LayerNeed, default_budget, plan_slots, shrink_slots
 from moert.policies import make_policy
+from moert.pressure import describe
 from moert.residency import Residency
 from moert.runtime.compute import Compute
+from moert.runtime.host_tier import HostTier, Resized
 from moert.runtime.layer import LayerCache, LayerSpec, ParameterLayer, SlotLayer, Weights
+from moert.runtime.pipeline import Pipeline
 from moert.runtime.preload import Progress, preload
 from moert.runtime.records import RecordSource
 from moert.runtime.staging import StagingPool
 from moert.runtime.stats import LayerStats, Stats
 from moert.runtime.step import run_step
-from moert.tiers.arena import HostArena, SlotBank
-from moert.tiers.disk import DiskReader
-from moert.tiers.memory import available_bytes
+from moert.runtime.watch import MemoryWatch
+from moert.tiers.disk import DiskReader, Priority
+from moert.tiers.memory import available_bytes, memory_report
 from moert.types import ExpertId
+
+MAX_BYTES_IN_FLIGHT = 1 << 30
+"""Of a few huge experts it is not worth reading many at once."""
 
 
 class OffloadRuntime:
@@ -36,13 +43,16 @@ class OffloadRuntime:
         layers: Sequence[LayerCache],
         config: OffloadConfig,
         *,
-        arena: HostArena | None = None,
+        tier: HostTier | None = None,
         reader: DiskReader | None = None,
         source: RecordSource | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.config = config
-        self._arena = arena
+        self.pipeline = Pipeline(self.layers, 2 * config.io_depth, MAX_BYTES_IN_FLIGHT)
+        self._tier = tier
+        self._watch = MemoryWatch() if tier is not None and config.shrink_on_pressure else None
+        self._shrinks = 0
         self._reader = reader
         self._source = source
         self._lock = threading.Lock()
@@ -78,31 +88,32 @@ class OffloadRuntime:
         """
         opened: list[Callable[[], None]] = []
         try:
-            records = [[source.record(spec.index, expert) for expert in range(spec.num_experts)] for spec in specs]
-            slot_bytes = [max(record.slot_bytes for record in layer) for layer in records]
-            slots = cls.plan(specs, source, config, available_bytes())
-            staged = [record.buffer_bytes for layer in records for record in layer if not record.is_direct]
-            n_staging, staging_bytes = (2 * config.io_depth, max(staged)) if staged else (0, 0)
-            total = sum(n * size for n, size in zip(slots, slot_bytes, strict=True))
-            arena = HostArena(total + n_staging * staging_bytes)
-            opened.append(arena.close)
+            needs = cls._needs(specs, source)
+            slots = plan_slots(needs, config.host_budget or default_budget(needs, available_bytes()))
+            records = [source.record(spec.index, expert) for spec in specs for expert in range(spec.num_experts)]
+            staged = [record.buffer_bytes for record in records if not record.is_direct]
+            tier = HostTier(needs, slots, *((2 * config.io_depth, max(staged)) if staged else (0, 0)))
+            opened.append(tier.close)
             reader = DiskReader(depth=config.io_depth)
             opened.append(reader.close)
-            staging = StagingPool(SlotBank(arena, total, staging_bytes, n_staging)) if staged else None
-            layers: list[LayerCache] = []
-            offset = 0
-            for spec, size, n in zip(specs, slot_bytes, slots, strict=True):
-                residency = Residency(n, make_policy(config.policy, n))
-                layers.append(
-                    SlotLayer(
-                        spec, residency, SlotBank(arena, offset, size, n), source, reader, staging, poison=config.debug
-                    )
+            staging = StagingPool(tier.staging) if tier.staging is not None else None
+            layers = [
+                SlotLayer(
+                    spec,
+                    Residency(n, make_policy(config.policy, n)),
+                    bank,
+                    source,
+                    reader,
+                    staging,
+                    poison=config.debug,
                 )
-                offset += n * size
+                for spec, bank, n in zip(specs, tier.banks, slots, strict=True)
+            ]
             fits = all(n == spec.num_experts for n, spec in zip(slots, specs, strict=True))
+            runtime = cls(layers, config, tier=tier, reader=reader, source=source)
             if config.preload if config.preload is not None else fits:
-                preload(layers, 2 * config.io_depth, progress)
-            return cls(layers, config, arena=arena, reader=reader, source=source)
+                preload(layers, runtime.pipeline, progress)
+            return runtime
         except BaseException:
             for close in reversed(opened):
                 close()
@@ -117,7 +128,12 @@ class OffloadRuntime:
         Raises:
             CapacityError: the budget is too small for one token.
         """
-        needs = [
+        needs = OffloadRuntime._needs(specs, source)
+        return plan_slots(needs, config.host_budget or default_budget(needs, available_bytes))
+
+    @staticmethod
+    def _needs(specs: Sequence[LayerSpec], source: RecordSource) -> list[LayerNeed]:
+        return [
             LayerNeed(
                 name=spec.name,
                 num_experts=spec.num_experts,
@@ -127,7 +143,6 @@ class OffloadRuntime:
             )
             for spec in specs
         ]
-        return plan_slots(needs, config.host_budget or default_budget(needs, available_bytes))
 
     def run(
         self,
@@ -144,29 +159,47 @@ class OffloadRuntime:
         """
         with self._lock:
             self._check_open()
+            if self._watch is not None:
+                self._relieve()
             return run_step(
                 self.layers[layer],
                 compute,
                 hidden,
                 top_k_index,
                 top_k_weights,
-                reads_in_flight=2 * self.config.io_depth,
+                pipeline=self.pipeline,
                 check=self.config.debug,
             )
 
+    def prefetch(self, experts: Sequence[ExpertId], priority: Priority = Priority.PREFETCH) -> None:
+        """Bring experts up that may be needed soon, the first one first, when no step waits for others. Returns at
+        once; a step that needs one of them waits for the rest of its read only.
+
+        Raises:
+            MoertError: the runtime has been closed.
+        """
+        with self._lock:
+            self._check_open()
+            self.pipeline.prefetch(experts, priority)
+            self.pipeline.pump()
+
     def weights(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
-        """A copy of one expert's tensors, wherever they are; blocks while they are read. New memory is the caller's."""
+        """A copy of one expert's tensors as its module has them, wherever they are; blocks while they are read.
+
+        New memory is the caller's.
+        """
         with self._lock:
             self._check_open()
             cache = self.layers[layer]
             identity = ExpertId(layer, expert)
             try:
-                if cache.residency.begin([identity]).misses:
-                    fetch = cache.start(identity)
-                    assert fetch is not None, "nothing is locked, so there is a slot"
-                    cache.arrive(identity, fetch)
-                return {name: tensor.clone() for name, tensor in cache.weights(expert).items()}
+                self.pipeline.demand(cache.residency.begin([identity]).misses)
+                while identity not in cache.residency:
+                    self.pipeline.pump()
+                    self.pipeline.wait()
+                return {name: tensor.clone() for name, tensor in cache.own_weights(expert).items()}
             finally:
+                self.pipeline.withdraw([identity])
                 cache.residency.end()
 
     def stats(self) -> Stats:
@@ -181,7 +214,8 @@ class OffloadRuntime:
             compute_s=sum(layer.compute_s for layer in layers),
             resident_bytes=sum(layer.resident_bytes for layer in layers),
             expert_bytes=sum(layer.spec.num_experts * layer.spec.expert_bytes for layer in self.layers),
-            slot_bytes=self._arena.nbytes if self._arena is not None else 0,
+            slot_bytes=self._slot_bytes(),
+            shrinks=self._shrinks,
             layers=layers,
         )
 
@@ -190,6 +224,58 @@ class OffloadRuntime:
         for layer in self.layers:
             layer.stats = LayerStats(layer.stats.name, resident_bytes=layer.stats.resident_bytes)
         self._read_s_at_reset = self._read_s()
+        self._shrinks = 0
+
+    def resize(self, budget: Budget | None) -> Resized:
+        """Give the host tier another size, between two steps; see `moert.resize`."""
+        with self._lock:
+            self._check_open()
+            tier = self._tier
+            if tier is None:
+                raise MoertError(
+                    "this model's experts are all in its own parameters, where moert.patch left them, so there are no "
+                    "slots to resize; unpatch it and patch it with a smaller host_memory"
+                )
+            report = memory_report()
+            slots = plan_slots(
+                tier.needs, budget or default_budget(tier.needs, report.available_bytes + tier.slots_bytes)
+            )
+            if self._watch is not None:
+                tier.check_room(slots, report)
+            return self._resize(tier, slots)
+
+    def _resize(self, tier: HostTier, slots: Sequence[int]) -> Resized:
+        self.pipeline.drain()
+        before, bytes_before = tier.slots, self._slot_bytes()
+        tier.grow(slots)
+        evicted = moved = 0
+        for index, (layer, n) in enumerate(zip(self.layers, slots, strict=True)):
+            assert isinstance(layer, SlotLayer)
+            if n != layer.residency.capacity:
+                change = layer.resize(n)
+                evicted += len(change.victims)
+                moved += len(change.moves)
+            tier.shrink(index, n)
+            if self.config.debug:
+                layer.residency.check_integrity()
+        return Resized(tier.slots, before, self._slot_bytes(), bytes_before, evicted, moved)
+
+    def _relieve(self) -> None:
+        """Give memory back if it has run short."""
+        assert self._tier is not None and self._watch is not None
+        tier = self._tier
+        relief = self._watch.look(tier.slots_bytes, tier.least_bytes)
+        if relief is None:
+            return
+        before = tier.slots_bytes
+        if relief.target_bytes < before:
+            self._resize(tier, shrink_slots(tier.needs, tier.slots, relief.target_bytes))
+            self._shrinks += 1
+        if relief.is_new:
+            warnings.warn(describe(relief, before, tier.slots_bytes), RuntimeWarning, stacklevel=2)
+
+    def _slot_bytes(self) -> int:
+        return self._tier.arena.committed_bytes if self._tier is not None else 0
 
     def _read_s(self) -> float:
         return self._reader.totals().read_s if self._reader is not None else 0.0
@@ -197,7 +283,7 @@ class OffloadRuntime:
     def _check_open(self) -> None:
         if self._closed is not None:
             raise MoertError(self._closed)
-        if self._arena is not None and self._arena.closed:
+        if self._tier is not None and self._tier.arena.closed:
             # Neither the slots' contents nor the reader's threads come along into a forked child.
             raise MoertError(
                 f"this model's experts belong to the process that loaded it, and this is a fork of it ({os.getpid()}); "
@@ -217,8 +303,8 @@ class OffloadRuntime:
                     layer.close()
             if self._source is not None:
                 self._source.close()
-            if self._arena is not None:
-                self._arena.close()
+            if self._tier is not None:
+                self._tier.close()
 
     def __enter__(self) -> OffloadRuntime:
         return self

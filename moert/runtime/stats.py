@@ -16,6 +16,10 @@ class LayerStats:
     """Experts that a step needed and that were resident when it began."""
     misses: int = 0
     """Experts that a step needed and had to wait for."""
+    forwarded: int = 0
+    """Misses that were on their way already when the step began, so that it waited for the rest of a read only."""
+    failed_prefetches: int = 0
+    """Reads that failed before anybody needed the expert; who then needs it reads it again."""
     bytes_read: int = 0
     """Bytes of the reads made for this layer, alignment included."""
     read_s: float = 0.0
@@ -51,7 +55,9 @@ class Stats:
     expert_bytes: int
     """Bytes of all experts of the model."""
     slot_bytes: int
-    """Bytes of host memory reserved for experts."""
+    """Bytes of host memory reserved for experts now."""
+    shrinks: int
+    """Times the slots became fewer because memory ran short."""
     layers: tuple[LayerStats, ...] = field(repr=False)
 
     @property

@@ -7,15 +7,13 @@ cannot change the result by a bit.
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
 from time import perf_counter
 
 import torch
 
-from moert.errors import MoertError
 from moert.runtime.compute import Compute, ExpertCompute, Fused, OneByOne, add_weighted
-from moert.runtime.layer import Fetch, LayerCache
+from moert.runtime.layer import LayerCache
+from moert.runtime.pipeline import Pipeline
 from moert.runtime.routing import Group, group_by_expert
 from moert.types import ExpertId
 
@@ -33,10 +31,12 @@ def run_step(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     *,
-    reads_in_flight: int,
+    pipeline: Pipeline,
     check: bool = False,
 ) -> torch.Tensor:
     """Run one layer on `hidden` [T, D] with `top_k_index` and `top_k_weights` [T, K], all on the CPU.
+
+    Missing experts come through `pipeline`, before all that nobody waits for.
 
     Blocks until done. Ids that name no expert (expert-parallel sentinels) and picks of weight 0 contribute nothing
     and fetch nothing.
@@ -56,13 +56,14 @@ def run_step(
     real = [group for group in groups if group.expert < spec.num_experts]
     if real:
         kernels = OneByOne(layer, compute) if spec.fused is None else Fused(layer, spec.fused)
-        step = _Step(layer, kernels, hidden, out, real, reads_in_flight)
+        step = _Step(layer, kernels, hidden, out, real, pipeline)
         try:
             step.run()
         finally:
             step.close()
         if check:
             layer.residency.check_integrity()
+            pipeline.check_integrity()
     for group in groups[len(real) :]:
         layer.stats.hits += 1
         add_weighted(group, group.rows(hidden), out)
@@ -79,7 +80,7 @@ class _Step:
         hidden: torch.Tensor,
         out: torch.Tensor,
         groups: list[Group],
-        reads_in_flight: int,
+        pipeline: Pipeline,
     ) -> None:
         self._layer = layer
         self._kernels = kernels
@@ -87,28 +88,27 @@ class _Step:
         self._out = out
         self._groups = groups
         self._ids = [ExpertId(layer.spec.index, group.expert) for group in groups]
-        self._reads_in_flight = reads_in_flight
+        self._pipeline = pipeline
         self._next = 0
         self._ready: set[int] = set()
-        self._to_fetch: deque[int] = deque()
-        self._reading: dict[int, Fetch] = {}
+        self._awaited: dict[ExpertId, int] = {}
         self._held: dict[int, torch.Tensor] = {}
         self._held_bytes = 0
 
     def run(self) -> None:
-        residency, stats = self._layer.residency, self._layer.stats
-        hits, misses = residency.begin(self._ids)
+        stats = self._layer.stats
+        hits, misses, arriving = self._layer.residency.begin(self._ids)
         stats.hits += len(hits)
         stats.misses += len(misses)
-        missing = set(misses)
-        for index, expert in enumerate(self._ids):
-            if expert in missing:
-                self._to_fetch.append(index)
-            else:
-                self._ready.add(index)
+        stats.forwarded += len(arriving)
+        turn_of = {expert: turn for turn, expert in enumerate(self._ids)}
+        self._ready.update(turn_of[expert] for expert in hits)
+        self._awaited = {expert: turn_of[expert] for expert in misses}
+        self._pipeline.demand(misses)
         while self._next < len(self._groups):
-            self._submit()
-            self._collect()
+            if self._pipeline.busy:
+                self._take(self._pipeline.collect())
+                self._pipeline.pump()
             turns = self._pick()
             if turns:
                 self._compute(turns)
@@ -116,62 +116,42 @@ class _Step:
                 self._wait()
 
     def close(self) -> None:
-        """End the step. After an error or an interrupt no read may still write into a slot when this returns."""
-        residency = self._layer.residency
-        try:
-            for fetch in self._reading.values():
-                fetch.handle.cancel()
-            for turn in list(self._reading):
-                with contextlib.suppress(MoertError):  # the error that ended the step is the one to report
-                    self._arrive(turn)
-        finally:
-            residency.end()
+        """End the step; after an error or an interrupt nobody waits for the rest of its reads."""
+        self._pipeline.withdraw(self._awaited)
+        self._layer.residency.end()
 
-    def _submit(self) -> None:
-        """Start as many reads as there are slots and buffers for, in the order of their turns."""
-        while self._to_fetch and len(self._reading) < self._reads_in_flight:
-            fetch = self._layer.start(self._ids[self._to_fetch[0]])
-            if fetch is None:
-                return
-            self._reading[self._to_fetch.popleft()] = fetch
-
-    def _collect(self) -> None:
-        for turn in [turn for turn, fetch in self._reading.items() if fetch.handle.ready]:
-            self._arrive(turn)
-
-    def _arrive(self, turn: int) -> None:
-        """Wait for a read and take it over, or raise what it raised."""
-        try:
-            self._layer.arrive(self._ids[turn], self._reading[turn])
-        except Exception:
-            del self._reading[turn]
-            raise
-        del self._reading[turn]
-        self._ready.add(turn)
+    def _take(self, arrived: list[ExpertId]) -> None:
+        for expert in arrived:
+            turn = self._awaited.pop(expert, None)
+            if turn is not None:
+                self._ready.add(turn)
 
     def _pick(self) -> list[int]:
         """The experts to run now: those whose turn it is, else others unless too many outputs are held."""
         turns: list[int] = []
         if self._next in self._ready:
             turn, picks = self._next, 0
-            while turn in self._ready and not (self._to_fetch and picks >= BATCH_PICKS):
+            while turn in self._ready and not (self._pipeline.has_queued_demands and picks >= BATCH_PICKS):
                 turns.append(turn)
                 picks += self._groups[turn].weights.shape[0]
                 turn += 1
             return turns
-        blocked = bool(self._to_fetch) and not self._layer.residency.can_admit()
+        blocked = self._pipeline.has_queued_demands and not self._layer.residency.can_admit()
         held_bytes = self._held_bytes
         for turn in sorted(self._ready):
-            if held_bytes >= HELD_OUTPUT_BYTES and not (not turns and (blocked or not self._reading)):
+            if held_bytes >= HELD_OUTPUT_BYTES and not (not turns and (blocked or not self._is_any_in_flight())):
                 break
             turns.append(turn)
             held_bytes += self._groups[turn].weights.shape[0] * self._out.shape[1] * self._out.element_size()
         return turns
 
+    def _is_any_in_flight(self) -> bool:
+        return any(self._pipeline.is_in_flight(expert) for expert in self._awaited)
+
     def _wait(self) -> None:
         begin = perf_counter()
         try:
-            self._arrive(min(self._reading))
+            self._take(self._pipeline.wait())
         finally:
             self._layer.stats.stall_s += perf_counter() - begin
 

@@ -28,6 +28,9 @@ class MemoryLimit:
     limit_bytes: int
     used_bytes: int
     reclaimable_bytes: int
+    stalled: float | None = None
+    """Share of the last 10 s in which some task under this bound waited for memory; None where the kernel does not
+    tell."""
 
     @property
     def available_bytes(self) -> int:
@@ -73,6 +76,16 @@ def memory_report(root: Path | str = "/") -> MemoryReport:
     return MemoryReport((_machine_limit(base), *_cgroup_limits(base)))
 
 
+def why_no_reservation(root: Path | str = "/") -> str | None:
+    """Why address space that holds no memory would cost something here; None where it is free, as it mostly is."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        return f"the address space of this process is limited to {format_bytes(limit)} (ulimit -v)"
+    if _read_text(Path(root) / "proc/sys/vm/overcommit_memory").strip() == "2":
+        return "this machine counts address space as memory (vm.overcommit_memory is 2)"
+    return None
+
+
 def rss_bytes() -> int:
     """Resident bytes of this process now."""
     return _own_status_bytes("VmRSS") or _psutil_rss_bytes()
@@ -94,7 +107,7 @@ def _machine_limit(root: Path) -> MemoryLimit:
         return MemoryLimit("psutil.virtual_memory", memory.total, memory.total - memory.available, 0)
     # MemAvailable counts reclaimable cache as free already.
     total, available = (fields[name] << 10 for name in ("MemTotal", "MemAvailable"))
-    return MemoryLimit(str(path), total, total - available, 0)
+    return MemoryLimit(str(path), total, total - available, 0, _read_stalled(root / "proc/pressure/memory"))
 
 
 def _cgroup_limits(root: Path) -> Iterator[MemoryLimit]:
@@ -156,7 +169,8 @@ def _limit_v2(folder: Path) -> MemoryLimit | None:
         return None
     limit, name = min(bounds)
     stat = _read_fields(folder / "memory.stat")
-    return MemoryLimit(str(folder / name), limit, used, _clean_file_cache_bytes(stat, "file_dirty", "file_writeback"))
+    reclaimable = _clean_file_cache_bytes(stat, "file_dirty", "file_writeback")
+    return MemoryLimit(str(folder / name), limit, used, reclaimable, _read_stalled(folder / "memory.pressure"))
 
 
 def _limit_v1(folder: Path) -> MemoryLimit | None:
@@ -193,6 +207,12 @@ def _read_int(path: Path) -> int | None:
 def _read_fields(path: Path) -> dict[str, int]:
     """`name value` and `name: value kB` lines."""
     return {name: int(value) for name, value in re.findall(r"^(\w+):?\s+(\d+)", _read_text(path), re.MULTILINE)}
+
+
+def _read_stalled(path: Path) -> float | None:
+    """`some avg10=1.23 ...`, in percent."""
+    match = re.search(r"^some avg10=(\d+(?:\.\d+)?)", _read_text(path), re.MULTILINE)
+    return float(match[1]) / 100 if match else None
 
 
 def _unescape(field: str) -> str:

@@ -24,7 +24,11 @@ class Priority(enum.IntEnum):
     """Why a record is read. A worker that becomes free takes any demand before any prefetch."""
 
     DEMAND = 0
-    PREFETCH = 1
+    """Somebody waits for it."""
+    PROMOTION = 1
+    """It is worth more in memory than what is there."""
+    PREFETCH = 2
+    """It may be needed soon."""
 
 
 class Read(NamedTuple):
@@ -238,7 +242,7 @@ class _Pool:
         handle = self._take()
         if handle is None:
             return False
-        prefetch = handle.priority is Priority.PREFETCH
+        prefetch = handle.priority is not Priority.DEMAND
         handle._run()
         if prefetch:
             with self._changed:
@@ -268,9 +272,10 @@ class _Pool:
         if self._queues[Priority.DEMAND]:
             return self._queues[Priority.DEMAND].popleft()
         # A demand that comes now waits for what is in flight, so guesses never fill all the lanes.
-        if self._queues[Priority.PREFETCH] and self._prefetches < self.prefetch_depth:
-            self._prefetches += 1
-            return self._queues[Priority.PREFETCH].popleft()
+        for priority in (Priority.PROMOTION, Priority.PREFETCH):
+            if self._queues[priority] and self._prefetches < self.prefetch_depth:
+                self._prefetches += 1
+                return self._queues[priority].popleft()
         return None
 
 

@@ -1,0 +1,174 @@
+"""Experts on their way into slots: what a step waits for first, what may be needed later when there is nothing else.
+
+A transfer is queued until its layer has a slot and a buffer for it and the bytes in flight allow it; then it is in
+flight until it is settled, which makes the expert resident. Each expert has one transfer at most: asking again for one
+that is under way only raises its class, so a demand waits for the rest of a prefetch and not for a second read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from moert.errors import MoertError
+from moert.runtime.layer import Fetch, LayerCache
+from moert.tiers.disk import Priority
+from moert.types import ExpertId
+
+
+class _Transfer(NamedTuple):
+    priority: Priority
+    fetch: Fetch
+
+
+class Pipeline:
+    """The transfers of one model. Used by one thread at a time; the reads themselves run on the reader's threads."""
+
+    def __init__(self, layers: Sequence[LayerCache], max_in_flight: int, max_bytes: int | None = None) -> None:
+        """At most `max_in_flight` transfers and `max_bytes` of reads are in flight at once, but always one.
+
+        Half of either is all that transfers which nobody waits for may take.
+        """
+        assert max_in_flight >= 1
+        self._layers = {layer.spec.index: layer for layer in layers}
+        self._max_in_flight = max_in_flight
+        self._max_bytes = max_bytes
+        self._queues: dict[Priority, dict[ExpertId, None]] = {priority: {} for priority in sorted(Priority)}
+        self._in_flight: dict[ExpertId, _Transfer] = {}
+        self.bytes_in_flight = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is queued or in flight."""
+        return bool(self._in_flight) or any(self._queues.values())
+
+    @property
+    def has_queued_demands(self) -> bool:
+        """Whether a step needs an expert whose transfer has not started."""
+        return bool(self._queues[Priority.DEMAND])
+
+    def is_in_flight(self, expert: ExpertId) -> bool:
+        """Whether `expert` has a slot and its record is being read, or will be."""
+        return expert in self._in_flight
+
+    def demand(self, experts: Iterable[ExpertId]) -> None:
+        """A step needs these experts, none of them resident, in this order. Starts nothing; see `pump`."""
+        for expert in experts:
+            self._request(expert, Priority.DEMAND)
+
+    def prefetch(self, experts: Iterable[ExpertId], priority: Priority = Priority.PREFETCH) -> None:
+        """These experts are wanted, the first one first, by nobody who waits. Starts nothing; residents are skipped."""
+        for expert in experts:
+            if expert not in self._layers[expert.layer].residency:
+                self._request(expert, priority)
+
+    def _request(self, expert: ExpertId, priority: Priority) -> None:
+        transfer = self._in_flight.get(expert)
+        if transfer is not None:
+            if priority < transfer.priority:
+                transfer.fetch.handle.promote()
+                self._in_flight[expert] = transfer._replace(priority=priority)
+            return
+        for queued, queue in self._queues.items():
+            if expert in queue:
+                if priority >= queued:
+                    return
+                del queue[expert]
+        self._queues[priority][expert] = None
+
+    def pump(self) -> None:
+        """Start what may be started now, class by class, in the order asked for. Returns at once.
+
+        Raises:
+            TransferError, MoertError: a read cannot even be queued.
+        """
+        for priority, queue in self._queues.items():
+            for expert in list(queue):
+                if not self._has_room(expert, priority):
+                    return
+                fetch = self._layers[expert.layer].start(expert, priority)
+                if fetch is None:
+                    if priority is Priority.DEMAND:
+                        return  # what nobody waits for must not take the slot or buffer that is freed next
+                    continue
+                del queue[expert]
+                self._in_flight[expert] = _Transfer(priority, fetch)
+                self.bytes_in_flight += fetch.read_bytes
+
+    def _has_room(self, expert: ExpertId, priority: Priority) -> bool:
+        if not self._in_flight:
+            return True
+        share = 1 if priority is Priority.DEMAND else 2
+        if share * (len(self._in_flight) + 1) > self._max_in_flight:
+            return False
+        read_bytes = self._layers[expert.layer].read_bytes(expert.expert)
+        return self._max_bytes is None or share * (self.bytes_in_flight + read_bytes) <= self._max_bytes
+
+    def collect(self) -> list[ExpertId]:
+        """Settle what has arrived; the experts that are resident now. Never blocks.
+
+        Raises:
+            CorruptFileError, TransferError: an expert that was demanded could not be read. One that was not is only
+                dropped: whoever needs it will ask for it.
+        """
+        return self._settle([expert for expert, (_, fetch) in self._in_flight.items() if fetch.handle.ready])
+
+    def wait(self) -> list[ExpertId]:
+        """Block until a transfer in flight is over, if possible the oldest demand, and `collect`."""
+        assert self._in_flight, "nothing is in flight"
+        demands = (expert for expert, transfer in self._in_flight.items() if transfer.priority is Priority.DEMAND)
+        first = next(demands, None) or next(iter(self._in_flight))
+        return [*self._settle([first]), *self.collect()]
+
+    def _settle(self, experts: list[ExpertId]) -> list[ExpertId]:
+        arrived = []
+        for expert in experts:
+            transfer, layer = self._in_flight[expert], self._layers[expert.layer]
+            try:
+                # An interrupt leaves it in flight, for the record may still be read into its slot; one that came just
+                # after it had arrived left it in this table only.
+                if expert in layer.residency.arriving:
+                    layer.arrive(expert, transfer.fetch)
+            except Exception:
+                self._forget(expert)
+                if transfer.priority is Priority.DEMAND:
+                    raise
+                layer.stats.failed_prefetches += 1
+                continue
+            self._forget(expert)
+            arrived.append(expert)
+        return arrived
+
+    def _forget(self, expert: ExpertId) -> None:
+        self.bytes_in_flight -= self._in_flight.pop(expert).fetch.read_bytes
+
+    def withdraw(self, experts: Iterable[ExpertId]) -> None:
+        """Nobody waits for these experts any more: what has not started is cancelled, the rest goes on for later."""
+        for expert in experts:
+            for queue in self._queues.values():
+                queue.pop(expert, None)
+            transfer = self._in_flight.get(expert)
+            if transfer is None:
+                continue
+            self._in_flight[expert] = transfer._replace(priority=Priority.PREFETCH)
+            if transfer.fetch.handle.cancel():
+                with contextlib.suppress(MoertError):
+                    self._layers[expert.layer].arrive(expert, transfer.fetch)
+                self._forget(expert)
+
+    def drain(self) -> None:
+        """Cancel what has not started and wait for the rest: when this returns, nothing writes into any slot."""
+        self.withdraw([*(expert for queue in self._queues.values() for expert in queue), *self._in_flight])
+        while self._in_flight:
+            self._settle([next(iter(self._in_flight))])
+
+    def check_integrity(self) -> None:
+        """Assert that each expert has one transfer, and that it has a slot exactly while that is in flight."""
+        queued = [expert for queue in self._queues.values() for expert in queue]
+        assert len(set(queued)) == len(queued), f"queued twice: {queued}"
+        assert not self._in_flight.keys() & set(queued), f"queued and in flight: {queued}"
+        assert self.bytes_in_flight == sum(transfer.fetch.read_bytes for transfer in self._in_flight.values())
+        for index, layer in self._layers.items():
+            arriving = {expert for expert in self._in_flight if expert.layer == index}
+            assert layer.residency.arriving == arriving, f"{layer.residency.arriving} arrive, {arriving} are in flight"

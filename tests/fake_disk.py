@@ -1,0 +1,120 @@
+"""Reads without a disk: they end when a test says so, or when somebody waits for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moert.errors import MoertError, TransferError
+from moert.formats import TensorSpec
+from moert.policies import make_policy
+from moert.residency import Residency, Resize
+from moert.runtime.layer import Fetch, LayerCache, LayerSpec
+from moert.tiers.disk import Priority
+from moert.types import ExpertId
+
+READ_BYTES = 4096
+
+
+class FakeRead:
+    """A read's handle. Bytes reach the slot when the read ends well, and never after that."""
+
+    def __init__(self, disk: FakeDisk, write: Callable[[], None], priority: Priority, error: Exception | None) -> None:
+        self._disk = disk
+        self._write = write
+        self._error = error
+        self._over = False
+        self.priority = priority
+        self.started = False
+        self.read_s = 0.0
+
+    @property
+    def ready(self) -> bool:
+        return self._over
+
+    def finish(self) -> None:
+        assert not self._over
+        self._disk.reads.remove(self)
+        self._over = True
+        if self._error is None:
+            self._write()
+
+    def wait(self, timeout: float | None = None) -> tuple[int, ...]:
+        if not self._over:
+            self._disk.finish_up_to(self)
+        if self._error is not None:
+            raise self._error
+        return (0,)
+
+    def cancel(self) -> bool:
+        if self._over or self.started:
+            return False
+        self._disk.reads.remove(self)
+        self._over, self._error = True, MoertError("cancelled")
+        return True
+
+    def promote(self) -> None:
+        self.priority = Priority.DEMAND
+
+
+class FakeDisk:
+    """Serves the oldest read of the highest class first, unless a test picks another one."""
+
+    def __init__(self) -> None:
+        self.reads: list[FakeRead] = []
+        self.failing: set[ExpertId] = set()
+
+    def submit(self, expert: ExpertId, priority: Priority, write: Callable[[], None]) -> FakeRead:
+        error = TransferError(5, f"no luck with {expert}", "shard") if expert in self.failing else None
+        self.reads.append(FakeRead(self, write, priority, error))
+        return self.reads[-1]
+
+    def finish_up_to(self, last: FakeRead) -> None:
+        for read in sorted(self.reads, key=lambda read: read.priority):
+            read.finish()
+            if read is last:
+                return
+
+
+class FakeLayer(LayerCache):
+    """Experts of one number each: expert e of layer l multiplies by 1 + e + 100 * l. An empty slot is NaN."""
+
+    def __init__(self, index: int, num_experts: int, capacity: int, disk: FakeDisk) -> None:
+        spec = LayerSpec(index, f"layers.{index}", num_experts, (TensorSpec("w", (1,), torch.float32),))
+        super().__init__(spec, Residency(capacity, make_policy("lru", capacity)))
+        self.slots = torch.full((num_experts,), torch.nan)
+        self._disk = disk
+
+    def factor(self, expert: int) -> float:
+        return 1.0 + expert + 100.0 * self.spec.index
+
+    def weights(self, expert: int) -> dict[str, torch.Tensor]:
+        slot = self.residency.slot_of(ExpertId(self.spec.index, expert))
+        assert slot is not None
+        return {"w": self.slots[slot : slot + 1]}
+
+    def _can_submit(self) -> bool:
+        return True
+
+    def read_bytes(self, expert: int) -> int:
+        return READ_BYTES
+
+    def _submit(self, expert: int, slot: int, priority: Priority) -> Fetch:
+        self.slots[slot] = torch.nan
+        identity = ExpertId(self.spec.index, expert)
+
+        def write() -> None:
+            assert self.residency.slot_of(identity) == slot, f"a read writes into slot {slot}, which is another's now"
+            self.slots[slot] = self.factor(expert)
+
+        handle: Any = self._disk.submit(identity, priority, write)
+        return Fetch(handle, READ_BYTES)
+
+    def resize(self, n_slots: int) -> Resize:
+        change = self.residency.resize(n_slots)
+        for _, from_slot, to_slot in change.moves:
+            self.slots[to_slot] = self.slots[from_slot]
+        self.slots[n_slots:] = torch.nan
+        return change
