@@ -4,7 +4,9 @@
 
 Each system runs in a process of its own inside a memory cgroup that counts the page cache too, starts with the model's
 files out of the page cache, and takes turns with the others. The disk is measured before and after each round, past the
-page cache. Speeds of moert are given only if its tokens are those of transformers.
+page cache. Speeds of moert are given only if its tokens are those of transformers. With moert-resident among the
+systems, moert also runs with every expert in memory, and its share is given of the slower of the two limits: reading
+what was read at the disk's speed, and computing at that run's.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import parity
 import typer
 from checkpoint import prepared_for_hf, read_checkpoint
 from limited import limit_refused
-from report import machine, summarise, table
+from report import machine, set_share_of_limit, summarise, table
 from rich.console import Console
 from rounds import Bench
 from systems import SYSTEMS, Spec
@@ -126,8 +128,10 @@ def main(
     of_system = {name: [one for one in outcomes if one.system == name] for name in chosen}
     hf_tokens = next((one.run.tokens for one in of_system.get("hf", []) if one.run), None)
     rows = [
-        summarise(name, of_system[name], speed=verdict.green or name != "moert", reference=hf_tokens) for name in chosen
+        summarise(name, of_system[name], speed=verdict.green or not name.startswith("moert"), reference=hf_tokens)
+        for name in chosen
     ]
+    set_share_of_limit(rows)
     speeds = [disk.bytes_per_s for one in done for disk in (one.disk_before, one.disk_after)]
     direct = all(disk.direct for one in done for disk in (one.disk_before, one.disk_after))
     speed_text = f"{statistics.median(speeds) / 1e9:.2f} GB/s ({min(speeds) / 1e9:.2f} to {max(speeds) / 1e9:.2f})"

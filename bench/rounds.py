@@ -12,7 +12,7 @@ from typing import Any
 
 from diskspeed import DiskSpeed, drop_page_cache, measure
 from limited import Outcome, run_child
-from systems import Spec
+from systems import RESIDENT, Spec
 
 SMALLEST_HF_BYTES = 1 << 20
 
@@ -46,7 +46,7 @@ class Bench:
     def run(self, spec: Spec, limited: bool = True) -> Outcome:
         """One run from a cold page cache; hf gets less memory for weights until the limit lets it live."""
         drop_page_cache(self.files)
-        limit_bytes = self.limit_bytes if limited else None
+        limit_bytes = self.limit_bytes if limited and spec.system != RESIDENT else None
         if spec.system != "hf":
             python = self.llama_python if spec.system == "llama.cpp" else sys.executable
             return run_child(spec, limit_bytes, timeout_s=self.timeout_s, python=python)

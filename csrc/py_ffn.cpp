@@ -1,6 +1,7 @@
 // The Python face of experts and of steps of them.
 #include <vector>
 
+#include "combine.h"
 #include "foresight.h"
 #include "py_arguments.h"
 
@@ -179,6 +180,40 @@ PyObject* py_ffn_submit(PyObject*, PyObject* args) {
     return enclose(std::move(job), kJobName);
 }
 
+PyObject* py_add_rows(PyObject*, PyObject* args) {
+    PyObject *held_object, *rows_object, *width_object, *to_object, *weights_object, *out_object, *out_rows_object;
+    if (!PyArg_ParseTuple(args, "OOOOOOO:add_rows", &held_object, &rows_object, &width_object, &to_object,
+                          &weights_object, &out_object, &out_rows_object)) {
+        return nullptr;
+    }
+    uint64_t rows, width, out_rows;
+    if (!as_unsigned(rows_object, "rows", kMostRows, &rows) || !as_unsigned(width_object, "width", 1u << 30, &width) ||
+        !as_unsigned(out_rows_object, "rows of out", kMostRows, &out_rows)) {
+        return nullptr;
+    }
+    if (rows == 0 || width == 0) Py_RETURN_NONE;
+    const uint8_t *held, *to, *weights, *out;
+    if (!as_address(held_object, "held", 4, false, &held) || !as_address(to_object, "to", 8, true, &to) ||
+        !as_address(weights_object, "weights", 4, false, &weights) || !as_address(out_object, "out", 4, false, &out)) {
+        return nullptr;
+    }
+    const int64_t* places = reinterpret_cast<const int64_t*>(to);
+    for (uint64_t i = 0; i < rows; ++i) {
+        const uint64_t place = places == nullptr ? i : static_cast<uint64_t>(places[i]);
+        if (place >= out_rows) {
+            PyErr_Format(PyExc_ValueError, "row %llu goes to row %lld of %llu", static_cast<unsigned long long>(i),
+                         static_cast<long long>(place), static_cast<unsigned long long>(out_rows));
+            return nullptr;
+        }
+    }
+    const bool done = without_gil([&] {
+        add_rows(reinterpret_cast<const float*>(held), static_cast<int64_t>(rows), static_cast<int64_t>(width), places,
+                 reinterpret_cast<const float*>(weights), reinterpret_cast<float*>(const_cast<uint8_t*>(out)));
+    });
+    if (!done) return nullptr;
+    Py_RETURN_NONE;
+}
+
 PyObject* py_job_ready(PyObject*, PyObject* capsule) {
     const auto* job = disclose<std::shared_ptr<Job>>(capsule, kJobName);
     return job == nullptr ? nullptr : PyBool_FromLong(ready(**job));
@@ -206,6 +241,9 @@ PyMethodDef ffn_methods[] = {
      "and weights addresses of int64 and fp32 or None, out_row an int or None. Blocks, without the GIL."},
     {"ffn_submit", py_ffn_submit, METH_VARARGS,
      "ffn_submit(...) -> capsule\n\nStarts what ffn_run does and returns; all memory must stay until the job is done."},
+    {"add_rows", py_add_rows, METH_VARARGS,
+     "add_rows(held, rows, width, to, weights, out, out_rows)\n\nout[to[i]] += weights[i] * held[i], rows of `width` "
+     "fp32 numbers by their addresses; `to` (int64, each once) or None for i. Blocks, without the GIL."},
     {"job_ready", py_job_ready, METH_O, "job_ready(job) -> bool\n\nWhether the job is done."},
     {"job_wait", py_job_wait, METH_O,
      "job_wait(job)\n\nBlocks until the job is done, taking part in it, without the GIL."},

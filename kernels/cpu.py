@@ -23,6 +23,7 @@ __all__ = [
     "Gate",
     "Handle",
     "Matrix",
+    "add_rows",
     "isa",
     "isa_names",
     "linear",
@@ -307,6 +308,36 @@ class ExpertFfn:
             out.shape[0],
             groups,
         )
+
+
+def add_rows(held: torch.Tensor, tokens: torch.Tensor | None, weights: torch.Tensor, out: torch.Tensor) -> None:
+    """Add each row of `held` [n, D] times its weight to a row of `out` [T, D]: a product, then a sum. Blocks.
+
+    Args:
+        held, weights, out: fp32; `held` and `out` contiguous, on the CPU.
+        tokens: [n] int64, the rows of `out`, each once; None: the first n.
+
+    Raises:
+        ValueError: dtypes, shapes or rows do not fit.
+    """
+    for what, tensor in (("held", held), ("out", out)):
+        if (
+            tensor.dtype != torch.float32
+            or tensor.dim() != 2
+            or tensor.shape[1] != out.shape[-1]
+            or not tensor.is_contiguous()
+            or not tensor.is_cpu
+        ):
+            raise ValueError(
+                f"{what} must be contiguous [rows, {out.shape[-1]}] in torch.float32 on the CPU, not "
+                f"{list(tensor.shape)} of strides {tensor.stride()} in {tensor.dtype} on {tensor.device}"
+            )
+    rows = held.shape[0]
+    count, to, weights_at = _addresses(tokens, weights, rows)
+    if count != rows:
+        raise ValueError(f"{count} tokens for {rows} rows")
+    if rows and weights_at is not None:
+        _C.add_rows(held.data_ptr(), rows, held.shape[1], to, weights_at, out.data_ptr(), out.shape[0])
 
 
 def _addresses(

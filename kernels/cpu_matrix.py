@@ -88,6 +88,9 @@ _STORED = {
 }
 """Format -> dtypes of its codes and of its scales."""
 
+FORMATS = ("plain", *_STORED)
+"""The weight formats that kernels read."""
+
 _FP8_BLOCK = 128
 
 

@@ -84,6 +84,9 @@ class OffloadConfig:
     host_memory: int | float | str | None = None
     """Bytes of host memory for experts: "4GiB", bytes, or "25%" of the expert bytes. None: what this machine and its
     cgroups have free after the dense weights, less head-room."""
+    shrink_on_pressure: bool = True
+    """Give host memory back between steps, down to what one token needs, when the machine or a cgroup runs short of it,
+    even where host_memory asks for more. It stays given back until `moert.resize`."""
     device_memory: int | float | str | None = None
     """Bytes of device memory for experts; needs a CUDA device. None: no device tier."""
     policy: str = "lru"
@@ -95,8 +98,8 @@ class OffloadConfig:
     preload: bool | None = None
     """Read experts at load until the host tier is full. None: only when all experts fit."""
     dense_kernels: bool | None = None
-    """Compute the model's dense linear layers with moert's CPU kernels too, where their weights are bf16 or fp16. None:
-    only if the whole model is on the CPU."""
+    """Compute the model's dense linear layers, norms, routers and rotary embeddings with moert's CPU kernels too, where
+    they are bf16 or fp16. None: only if the whole model is on the CPU."""
     cache_dir: str | None = None
     """Where `patch` keeps experts that do not fit in host memory (as an unlinked file). None: the temporary folder."""
     debug: bool = False
@@ -113,7 +116,7 @@ class OffloadConfig:
             raise ConfigError(f'policy={self.policy!r} must be the name of a policy or "package.module:Class"')
         if isinstance(self.io_depth, bool) or not isinstance(self.io_depth, int) or not 1 <= self.io_depth <= 64:
             raise ConfigError(f"io_depth={self.io_depth!r} must be a whole number from 1 to 64")
-        for option in ("direct_io", "debug"):
+        for option in ("shrink_on_pressure", "direct_io", "debug"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option}={getattr(self, option)!r} must be True or False")
         for option in ("preload", "dense_kernels"):
@@ -135,3 +138,7 @@ class OffloadConfig:
     def to_dict(self) -> dict[str, Any]:
         """All options by name, as HuggingFace configurations want them."""
         return {"quant_method": self.quant_method, **asdict(self)}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """The options that HuggingFace may carry over to a checkpoint with a configuration of its own: all."""
+        return asdict(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 from typing import TypeVar
@@ -13,9 +14,13 @@ T = TypeVar("T")
 
 
 def available(package: str) -> list[str]:
-    """Names of the plug-ins in a package folder: its modules other than `base` and those that start with `_`."""
-    path = importlib.import_module(package).__path__
-    return sorted(m.name for m in pkgutil.iter_modules(path) if m.name != "base" and not m.name.startswith("_"))
+    """Names of the plug-ins in a package folder: its modules other than `base` and those that start with `_`.
+
+    Imports none of them, nor the package: some packages bring in torch.
+    """
+    spec = importlib.util.find_spec(package)
+    path = spec.submodule_search_locations if spec is not None else None
+    return sorted(m.name for m in pkgutil.iter_modules(path or []) if m.name != "base" and not m.name.startswith("_"))
 
 
 def load_plugin(package: str, name: str, base: type[T]) -> type[T]:

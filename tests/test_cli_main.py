@@ -17,7 +17,7 @@ from moert.cli.options import LoadOptions, flag_of, offered_fields, with_load_op
 from moert.cli.output import one_line, short_names
 from moert.config import OffloadConfig
 
-COMMANDS = ("run", "verify", "doctor", "demo")
+COMMANDS = ("run", "pack", "verify", "doctor", "demo")
 
 
 @pytest.fixture
@@ -31,7 +31,8 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_help_brings_in_neither_torch_nor_transformers() -> None:
-    asked = [["--help"], ["run", "--help"], ["verify", "-h"], ["doctor", "-h"], ["demo", "-h"], ["--version"], []]
+    asked = [["--help"], ["run", "--help"], ["verify", "-h"], ["doctor", "-h"], ["demo", "-h"], ["pack", "-h"]]
+    asked += [["--version"], []]
     code = (
         f"import sys; from moert.cli import main; print([main(words) for words in {asked!r}], file=sys.stderr); "
         "print(sorted({'torch', 'transformers', 'numpy', 'numba'} & set(sys.modules)), file=sys.stderr)"

@@ -282,3 +282,31 @@ def test_bad_input_is_refused_with_the_numbers() -> None:
     other = Layer(Gate(), 16, 4, torch.float32, 1)
     with pytest.raises(ValueError, match="in a layer of hidden size 8, width 4, gated"):
         run(experts=other.experts)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (5, 1024), (300, 129), (2048, 64)])
+@pytest.mark.parametrize("named", [True, False])
+def test_rows_are_added_with_two_roundings(rows: int, width: int, named: bool) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    held, weights = torch.randn(rows, width, generator=generator), torch.randn(rows, generator=generator)
+    out = torch.randn(rows + 9, width, generator=generator)
+    tokens = torch.randperm(rows + 9, generator=generator)[:rows] if named else None
+    want = out.clone()
+    want[torch.arange(rows) if tokens is None else tokens] += held * weights[:, None]
+    cpu.add_rows(held, tokens, weights, out)
+    assert torch.equal(out, want)
+
+
+def test_rows_that_do_not_fit_are_refused() -> None:
+    held, weights, out = torch.ones(2, 4), torch.ones(2), torch.zeros(3, 4)
+    with pytest.raises(ValueError, match="row 1 goes to row 3 of 3"):
+        cpu.add_rows(held, torch.tensor([0, 3]), weights, out)
+    with pytest.raises(ValueError, match="row 0 goes to row -1 of 3"):
+        cpu.add_rows(held, torch.tensor([-1, 1]), weights, out)
+    with pytest.raises(ValueError, match="held must be contiguous"):
+        cpu.add_rows(held.bfloat16(), None, weights, out)
+    with pytest.raises(ValueError, match="weights must be contiguous"):
+        cpu.add_rows(held, None, weights.double(), out)
+    with pytest.raises(ValueError, match="3 tokens for 2 rows"):
+        cpu.add_rows(held, torch.tensor([0, 1, 2]), torch.ones(3), out)
+    assert torch.equal(out, torch.zeros(3, 4))

@@ -1,4 +1,4 @@
-"""The command line: `moert run`, `verify`, `doctor` and `demo`.
+"""The command line: `moert run`, `pack`, `verify`, `doctor` and `demo`.
 
 Nothing here imports torch before a command needs it, so that `moert --help` answers at once. A command is a function
 in a file of its own and returns the exit code. Bad input ends in exit code 2 and one line on standard error, an
@@ -63,6 +63,7 @@ def make_app() -> typer.Typer:
 
     from moert.cli.demo import demo
     from moert.cli.doctor import doctor
+    from moert.cli.pack import pack
     from moert.cli.run import run
     from moert.cli.verify import verify
 
@@ -82,7 +83,7 @@ def make_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for command in (run, verify, doctor, demo):
+    for command in (run, pack, verify, doctor, demo):
         app.command()(command)
     return app
 

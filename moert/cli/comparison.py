@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
+    from moert.hf.decoded import DecodedCheck
     from moert.hf.reference import Products
 
 
@@ -22,6 +23,9 @@ class Tolerance:
 EXACT = Tolerance(0.0, "the same kernels on the same weights: every bit must agree")
 FLOAT32 = Tolerance(1e-5, "float32 keeps 24 bits; sums in another order differ in the last few")
 SIXTEEN_BIT = Tolerance(2**-6, "two units in the last place of bfloat16, 2^-7 each; float16 has finer ones")
+# Twice, for two products, a number is off by up to 1/254 of the largest of 32. That makes about 1 % of the typical
+# output and is less of the largest; five times as much is an error.
+INT8_ACTIVATIONS = Tolerance(0.05, "activations too are rounded to 8 bits for such weights")
 # Both sum in float32 and round once, so the two are neighbours at most.
 PRODUCT_ULPS = 1.0
 
@@ -33,6 +37,8 @@ class Reference:
     kind: Literal["transformers", "resident", "moert"]
     description: str
     tolerance: Tolerance
+    decoded_tolerance: Tolerance | None = None
+    """How far experts may be from what their decoded weights give, where they are quantised."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Trace:
     token_ids: list[int]
     logits: torch.Tensor
     picks: dict[str, list[torch.Tensor]]
+    decoded: DecodedCheck | None = None
+    """Of a reference with quantised experts: how far they are from their decoded weights."""
     products: Products | None = None
     """Of a reference that rounds as moert does: how far moert's products are from torch's."""
 
@@ -63,6 +71,8 @@ def compare(mine: Trace, theirs: Trace, reference: Reference, tokenizer: Any) ->
     within = error <= tolerance.share * largest  # false for NaN too
     products = theirs.products
     products_within = products is None or products.largest_error_ulps <= PRODUCT_ULPS
+    decoded, allowed = theirs.decoded, reference.decoded_tolerance
+    decoded_within = decoded is None or allowed is None or decoded.largest_error <= allowed.share
     first_difference: dict[str, Any] | None = None
     if not identical_tokens:
         first_difference = _difference(mine, theirs, shared, tokenizer)
@@ -83,8 +93,13 @@ def compare(mine: Trace, theirs: Trace, reference: Reference, tokenizer: Any) ->
         "products_compared": 0 if products is None else products.compared,
         "max_product_error_ulps": None if products is None else products.largest_error_ulps,
         "products_within_tolerance": products_within,
+        "decoded_compared": 0 if decoded is None else decoded.compared,
+        "max_decoded_error": None if decoded is None else decoded.largest_error,
+        "decoded_tolerance": None if allowed is None else allowed.share,
+        "decoded_tolerance_reason": None if allowed is None else allowed.reason,
+        "decoded_within_tolerance": decoded_within,
         "first_difference": first_difference,
-        "passed": identical_tokens and not differing and within and products_within,
+        "passed": identical_tokens and not differing and within and products_within and decoded_within,
     }
 
 

@@ -69,7 +69,7 @@ def examine(name: str | None, options: LoadOptions) -> dict[str, Any]:
 
 def _examine_model(name: str, options: LoadOptions, available_bytes: int | None) -> dict[str, Any]:
     """What a checkpoint holds; where moert cannot run it, why."""
-    from moert.hf.inspection import inspect_checkpoint, local_folder, shard_files
+    from moert.hf.inspection import inspect_checkpoint, local_folder
     from moert.hf.text import hush, read_settings
     from moert.plan import default_budget
 
@@ -88,7 +88,7 @@ def _examine_model(name: str, options: LoadOptions, available_bytes: int | None)
     try:
         with reading(name):
             inspection = inspect_checkpoint(folder, dtype=options.dtype)
-            found["files"] = shard_files(folder)
+            found["files"] = list(inspection.files)
     except ConfigError:
         raise
     except (MoertError, InputError) as error:
@@ -102,6 +102,7 @@ def _examine_model(name: str, options: LoadOptions, available_bytes: int | None)
         "reason": None,
         "architecture": inspection.architecture,
         "dtype": inspection.dtype,
+        "stored_as": next(iter(inspection.stored_as), None),
         "fused_gates": list(inspection.gates),
         "unfused_reasons": list(inspection.unfused_reasons),
         "num_layers": len(needs),
@@ -222,6 +223,7 @@ def _model_rows(model: dict[str, Any]) -> list[tuple[str, str | Text]]:
         *rows,
         ("supported", Text("yes", style="green")),
         ("experts", f"{model['num_layers']} layers of {model['num_experts']}, {model['top_k']} for each token"),
+        *([("packed as", model["stored_as"])] if model["stored_as"] else []),
         ("sizes", f"one expert {one}, all {all_}, everything else {dense} ({model['dtype']})"),
         ("--host-memory", f"at least {format_bytes(model['smallest_host_bytes'])}; {_default(default, model)}"),
     ]

@@ -27,7 +27,8 @@ def _compute(document: dict[str, Any]) -> tuple[str, str]:
     model = document["model"] or {}
     dtype = model.get("dtype") or "bfloat16"
     reasons = model.get("unfused_reasons") or []
-    path = f"moert's {document['cpu'].get('kernel') or 'unknown'} kernels, whole layers at once; {dtype}"
+    weights = dtype if model.get("stored_as") in (None, "plain") else f"{model['stored_as']} weights in {dtype}"
+    path = f"moert's {document['cpu'].get('kernel') or 'unknown'} kernels, whole layers at once; {weights}"
     if reasons:
         some = "some layers " if model.get("fused_gates") else ""
         path = f"{some}expert by expert through the model's own gate; {dtype}"

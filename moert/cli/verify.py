@@ -11,7 +11,17 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from moert.cli.comparison import EXACT, FLOAT32, PRODUCT_ULPS, SIXTEEN_BIT, Reference, Trace, compare
+from moert.cli.comparison import (
+    EXACT,
+    FLOAT32,
+    INT8_ACTIVATIONS,
+    PRODUCT_ULPS,
+    SIXTEEN_BIT,
+    Reference,
+    Tolerance,
+    Trace,
+    compare,
+)
 from moert.cli.opening import open_tokenizer, opened, opened_plain
 from moert.cli.options import Json, LoadOptions, Model, resolve_model, with_load_options
 from moert.cli.output import bar, facts, percent, print_json, stdout
@@ -37,7 +47,7 @@ def verify(
         typer.Option(
             metavar="|".join(REFERENCES),
             help="What to compare with: transformers alone, or moert with every expert in memory. "
-            "Default: transformers, if the whole model fits in memory.",
+            "Default: transformers, if the whole model fits in memory and is not quantised.",
             show_default=False,
         ),
     ] = None,
@@ -89,22 +99,46 @@ def _choose_reference(model: Any, asked: str | None, options: LoadOptions) -> tu
     """The reference, and the options to open it with, before anything more is loaded."""
     import moert
 
+    quantised = _quantised_as(model)
+    decoded = None if quantised is None else _decoded_tolerance(quantised, model)
+    resident = replace(options, offload=replace(options.offload, host_memory="100%"))
+    all_resident = Reference("resident", "moert with every expert in memory", EXACT, decoded)
     if asked == "resident":
-        resident = replace(options, offload=replace(options.offload, host_memory="100%"))
-        return Reference("resident", "moert with every expert in memory", EXACT), resident
+        return all_resident, resident
+    if asked == "transformers" and quantised is not None:
+        raise ConfigError(
+            f"--reference transformers: it cannot compute from {quantised} weights; leave --reference out to hold the "
+            "experts against their decoded weights, or verify the model that was packed"
+        )
     stats = moert.stats(model)
     dense_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     needed = int((dense_bytes + stats.expert_bytes) * _LOADING_SHARE) + _HEAD_ROOM_BYTES
     room = available_bytes() + dense_bytes + stats.slot_bytes  # the offloaded model is closed by then
     if needed <= room:
-        return _plain_reference(model), options
-    lack = f"transformers needs {format_bytes(needed)} for the whole model, {format_bytes(room)} are available"
+        return (_plain_reference(model), options) if quantised is None else (all_resident, resident)
+    who = "transformers" if quantised is None else "moert"
+    lack = f"{who} needs {format_bytes(needed)} for the whole model, {format_bytes(room)} are available"
     if asked == "transformers":
         raise CapacityError(f"{lack}; use --reference resident, or leave --reference out")
     share = _other_share(model)
     warnings.warn(f"{lack}; comparing with moert at another budget instead", RuntimeWarning, stacklevel=2)
     other = replace(options, offload=replace(options.offload, host_memory=f"{share}%"))
-    return Reference("moert", f"moert with {share} % of the experts ({lack})", EXACT), other
+    return Reference("moert", f"moert with {share} % of the experts ({lack})", EXACT, decoded), other
+
+
+def _quantised_as(model: Any) -> str | None:
+    """The format of a quantised pack's experts."""
+    from moert.hf.model import runtime_of
+
+    storages = [layer.spec.storage for layer in runtime_of(model).layers]
+    names = [storage.choice.name for storage in storages if storage is not None and not storage.choice.is_plain]
+    return names[0] if names else None
+
+
+def _decoded_tolerance(stored_as: str, model: Any) -> Tolerance:
+    if stored_as in ("int8", "int4", "mxfp4"):
+        return INT8_ACTIVATIONS
+    return FLOAT32 if str(model.dtype) == "torch.float32" else SIXTEEN_BIT
 
 
 def _plain_reference(model: Any) -> Reference:
@@ -128,8 +162,14 @@ def _run_reference(
 ) -> Trace:
     gc.collect()
     if reference.kind != "transformers":
+        from moert.hf.decoded import DecodedCheck
+
         with opened(name, options) as loaded:
-            return _trace(loaded.model, tokenizer, inputs, max_new_tokens, "reference")
+            if reference.decoded_tolerance is None:
+                return _trace(loaded.model, tokenizer, inputs, max_new_tokens, "reference")
+            with DecodedCheck(loaded.model) as decoded:
+                trace = _trace(loaded.model, tokenizer, inputs, max_new_tokens, "reference")
+            return replace(trace, decoded=decoded)
     from moert.hf.reference import round_as_moert
 
     with opened_plain(name, options, experts_implementation="eager") as plain:
@@ -189,6 +229,13 @@ def _print(result: dict[str, Any], console: Console) -> None:
                 _mark(result["products_within_tolerance"], f"at most {ulps} from torch's, allowed {PRODUCT_ULPS:.0f}"),
             ),
             ("", Text("--dtype float32 compares with transformers exactly as it ships", style="bright_black")),
+        ]
+    if result["decoded_compared"]:
+        error, allowed = result["max_decoded_error"], result["decoded_tolerance"]
+        text = f"at most {error:.1e} from their decoded weights' result, allowed {allowed:.1e}"
+        rows += [
+            ("experts", _mark(result["decoded_within_tolerance"], text)),
+            ("", Text(result["decoded_tolerance_reason"], style="bright_black")),
         ]
     resident = percent(result["resident_bytes"] / result["expert_bytes"])
     console.print()

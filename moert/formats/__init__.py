@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from moert.formats._choice import FormatChoice
 from moert.formats.base import Format, RecordLayout, TensorSpec
 from moert.plugins import available, load_plugin
 
-__all__ = ["Format", "RecordLayout", "TensorSpec", "format_names", "make_format"]
+__all__ = ["Format", "FormatChoice", "RecordLayout", "TensorSpec", "format_names", "make_format"]
 
 
 def format_names() -> list[str]:

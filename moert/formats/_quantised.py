@@ -11,8 +11,8 @@ from moert.errors import UnsupportedModelError
 from moert.formats.base import Format, TensorSpec
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NUMBERS_AT_ONCE = 1 << 22
-"""Matrices are worked on some rows at a time, so that encoding an expert takes little memory beside it."""
+NUMBERS_AT_ONCE = 1 << 18
+"""Matrices are worked on some rows at a time: what comes in between then stays in the caches."""
 
 ROWS_TOGETHER = 128
 LARGEST_HALF = 65504.0

@@ -90,6 +90,22 @@ class CheckpointMap:
         """The files that a `Span.file` counts, in order."""
         return list(self._files)
 
+    @property
+    def expert_keys(self) -> set[str]:
+        """The checkpoint's tensors that nothing but experts is made of."""
+        shared = {target.first_name for target in self._targets.values() if not self._makes_experts_only(target)}
+        return {
+            key
+            for target in self._targets.values()
+            if target.first_name not in shared
+            for keys in target.keys.values()
+            for key in keys
+        }
+
+    def _makes_experts_only(self, target: _Target) -> bool:
+        first, *others = target.converter.target_patterns if target.converter is not None else [target.first_name]
+        return all(target.first_name.replace(first, other) in self._shapes for other in (first, *others))
+
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint has tensors for the stacked parameter `name`."""
         return name in self._targets

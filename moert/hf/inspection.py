@@ -14,13 +14,15 @@ from transformers import AutoConfig, PreTrainedModel
 
 from moert.config import OffloadConfig
 from moert.errors import CorruptFileError
+from moert.formats import FormatChoice
+from moert.hf.checkpoint import CheckpointMap
 from moert.hf.layers import Layers
 from moert.hf.loading import check_folder, check_not_packed, model_class
 from moert.hf.quantizer import MoertQuantizer
 from moert.hf.text import read_settings
 from moert.plan import LayerNeed
 from moert.runtime.records import Record
-from moert.tiers.safetensors_file import read_index
+from moert.tiers.safetensors_file import read_entries, read_index
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Inspection:
     """Everything that is no expert: always in memory."""
     is_direct: bool
     """Whether every expert can be used as it lies in the file."""
+    files: tuple[str, ...]
+    """Where the experts are."""
+    stored_as: tuple[str, ...]
+    """The format that they are packed in; empty where they are not."""
     gates: tuple[str, ...]
     """The activations of the layers that the fused kernels compute; each once."""
     unfused_reasons: tuple[str, ...]
@@ -47,12 +53,40 @@ class Inspection:
         return sum(need.num_experts * need.expert_bytes for need in self.needs)
 
 
-class _Planner(MoertQuantizer):
+class Planner(MoertQuantizer):
     """Goes as far as the plan that loading begins with."""
 
-    def _plan(self, model: PreTrainedModel, layers: Layers, paths: list[str], records: list[list[Record]]) -> None:
+    def __init__(self, stored_as: FormatChoice | None = None) -> None:
+        """`stored_as` is the format that an ordinary checkpoint's experts are to get; None: their own."""
+        super().__init__(OffloadConfig())
+        self._stored_as = stored_as
+
+    def _plan(
+        self,
+        model: PreTrainedModel,
+        layers: Layers,
+        paths: list[str],
+        records: list[list[Record]],
+        mapping: CheckpointMap | None = None,
+    ) -> None:
         self.layers = layers
+        self.paths = paths
         self.records = records
+        self.mapping = mapping
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checkpoint as loading would begin with it."""
+
+    architecture: str
+    dtype: torch.dtype
+    """In memory."""
+    files: list[str]
+    """Its safetensors files."""
+    planner: Planner
+    model: PreTrainedModel
+    """On the meta device, without its experts."""
 
 
 def local_folder(path_or_id: str, revision: str | None = None) -> Path | None:
@@ -84,6 +118,30 @@ def inspect_checkpoint(folder: Path, *, dtype: str = "auto") -> Inspection:
     Raises:
         ConfigError, UnsupportedModelError, CorruptFileError, TransferError: loading would raise the same.
     """
+    plan = plan_checkpoint(folder, Planner(), dtype=dtype)
+    planner, model = plan.planner, plan.model
+    return Inspection(
+        architecture=plan.architecture,
+        dtype=str(plan.dtype).removeprefix("torch."),
+        files=tuple(planner.paths),
+        stored_as=_each_once(str(spec.storage.choice) for spec in planner.layers.specs if spec.storage is not None),
+        needs=_needs(planner.layers, planner.records),
+        dense_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        is_direct=all(record.is_direct for layer in planner.records for record in layer),
+        gates=_each_once(spec.fused.ffn.gate.activation for spec in planner.layers.specs if spec.fused is not None),
+        unfused_reasons=_each_once(spec.unfused_reason for spec in planner.layers.specs if spec.unfused_reason),
+    )
+
+
+def plan_checkpoint(folder: Path, planner: Planner, *, dtype: str = "auto") -> Plan:
+    """Have `planner` plan the checkpoint in `folder`; reads headers, no weights.
+
+    Args:
+        dtype: as for `from_pretrained`.
+
+    Raises:
+        ConfigError, UnsupportedModelError, CorruptFileError, TransferError: loading would raise the same.
+    """
     check_folder(folder)
     settings = read_settings(str(folder))
     check_not_packed(settings)
@@ -92,21 +150,18 @@ def inspect_checkpoint(folder: Path, *, dtype: str = "auto") -> Inspection:
         raise CorruptFileError(f"{folder} has a config.json but no weights; finish the download")
     cls = model_class(settings)
     config = (getattr(cls, "config_class", None) or AutoConfig).from_pretrained(str(folder))
-    memory_dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+    memory_dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or _first_dtype(files)
     with torch.device("meta"):
         model = (getattr(cls, "from_config", None) or cls._from_config)(config, dtype=memory_dtype)
     architecture = type(model).__name__
-    planner = _Planner(OffloadConfig())
     planner._process_model_before_weight_loading(model, dtype=memory_dtype, checkpoint_files=files)
-    return Inspection(
-        architecture=architecture,
-        dtype=str(memory_dtype).removeprefix("torch."),
-        needs=_needs(planner.layers, planner.records),
-        dense_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        is_direct=all(record.is_direct for layer in planner.records for record in layer),
-        gates=_each_once(spec.fused.ffn.gate.activation for spec in planner.layers.specs if spec.fused is not None),
-        unfused_reasons=_each_once(spec.unfused_reason for spec in planner.layers.specs if spec.unfused_reason),
-    )
+    return Plan(architecture, memory_dtype, files, planner, model)
+
+
+def _first_dtype(files: Sequence[str]) -> torch.dtype:
+    """What transformers takes for the dtype of a checkpoint whose configuration does not say."""
+    dtypes = (entry.torch_dtype for entry in read_entries(files[0]).values())
+    return next((dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point), torch.float32)
 
 
 def _each_once(texts: Iterable[str]) -> tuple[str, ...]:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from moert.formats import TensorSpec
+from moert.errors import UnsupportedModelError
+from moert.formats import FormatChoice, TensorSpec
 from moert.hf.adapters import ExpertsAdapter
 from moert.hf.gates import search_gate
+from moert.kernels.cpu_matrix import FORMATS
 from moert.runtime.fused import FusedExperts
 from moert.runtime.layer import LayerSpec
+from moert.runtime.storage import Storage
 
 # The names under which the configurations of transformers keep the number of picks per token.
 _TOP_K_NAMES = (
@@ -45,6 +48,7 @@ def make_layers(
     adapters: Mapping[str, ExpertsAdapter],
     same_as: Mapping[str, str],
     dtypes: Mapping[str, torch.dtype] | None = None,
+    stored_as: FormatChoice | None = None,
 ) -> Layers:
     """Number the layers.
 
@@ -52,6 +56,10 @@ def make_layers(
         adapters: module path -> adapter, in module order.
         same_as: path of a module whose experts are another module's -> that module's path.
         dtypes: full parameter name -> dtype in memory, where it is not the parameter's own.
+        stored_as: the format of the experts in their slots; None: as they are.
+
+    Raises:
+        UnsupportedModelError: experts that this format cannot hold.
     """
     specs: list[LayerSpec] = []
     layer_of: dict[str, int] = {}
@@ -65,7 +73,8 @@ def make_layers(
             TensorSpec(spec.name, spec.shape, (dtypes or {}).get(f"{path}.{spec.name}", spec.dtype))
             for spec in adapter.specs
         )
-        fused, reason = fuse(adapter, tensors)
+        storage = _storage(path, adapter, tensors, stored_as) if stored_as is not None else None
+        fused, reason = fuse(adapter, tensors, stored_as)
         specs.append(
             LayerSpec(
                 index,
@@ -76,14 +85,26 @@ def make_layers(
                 adapter.num_identity,
                 fused,
                 reason,
+                storage,
             )
         )
         layer_of[path] = index
     return Layers(tuple(specs), layer_of)
 
 
-def fuse(adapter: ExpertsAdapter, tensors: tuple[TensorSpec, ...]) -> tuple[FusedExperts | None, str | None]:
-    """The kernels that compute experts of these `tensors` as the module does, or why there are none."""
+def _storage(path: str, adapter: ExpertsAdapter, tensors: tuple[TensorSpec, ...], stored_as: FormatChoice) -> Storage:
+    layout = adapter.layout
+    turned = (layout.up, layout.down) if layout is not None and layout.transposed else ()
+    try:
+        return Storage(stored_as, tensors, turned)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{path}: {error}") from error
+
+
+def fuse(
+    adapter: ExpertsAdapter, tensors: tuple[TensorSpec, ...], stored_as: FormatChoice | None = None
+) -> tuple[FusedExperts | None, str | None]:
+    """The kernels that compute experts of these `tensors`, so stored, as the module does; or why there are none."""
     layout = adapter.layout
     if layout is None:
         return None, f"an expert of {type(adapter.module).__name__} is more than two products and a gate"
@@ -94,7 +115,10 @@ def fuse(adapter: ExpertsAdapter, tensors: tuple[TensorSpec, ...]) -> tuple[Fuse
         search = search_gate(adapter, shape[0] if layout.transposed else shape[1])
     if search.gate is None:
         return None, search.reason
-    return FusedExperts(layout, search.gate, tensors), None
+    name = "plain" if stored_as is None else stored_as.name
+    if name not in FORMATS:
+        return None, f"moert's kernels do not read {name}: experts are decoded each time they are used"
+    return FusedExperts(layout, search.gate, tensors, name), None
 
 
 def top_k_of(adapter: ExpertsAdapter) -> int:

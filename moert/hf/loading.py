@@ -55,9 +55,11 @@ def load(path_or_id: str | os.PathLike[str], config: OffloadConfig, progress: Pr
         given.to_dict() if isinstance(given, PreTrainedConfig) else PreTrainedConfig.get_config_dict(name, **known)[0]
     )
     check_not_packed(settings)
-    with _told_to_quantizer(hf_kwargs.get("key_mapping"), progress):
+    if not is_pack_config(settings):
+        hf_kwargs["quantization_config"] = config
+    with _told_to_quantizer(hf_kwargs.get("key_mapping"), progress, config):
         try:
-            return model_class(settings).from_pretrained(name, quantization_config=config, **hf_kwargs)
+            return model_class(settings).from_pretrained(name, **hf_kwargs)
         except RuntimeError as error:
             if isinstance(error, MoertError) or "ignore_mismatched_sizes" not in str(error):
                 raise
@@ -68,13 +70,16 @@ def load(path_or_id: str | os.PathLike[str], config: OffloadConfig, progress: Pr
 
 
 @contextlib.contextmanager
-def _told_to_quantizer(key_mapping: dict[str, str] | None, progress: Progress | None) -> Iterator[None]:
-    tokens = quantizer.key_mapping.set(key_mapping), quantizer.progress.set(progress)
+def _told_to_quantizer(
+    key_mapping: dict[str, str] | None, progress: Progress | None, config: OffloadConfig
+) -> Iterator[None]:
+    tokens = quantizer.key_mapping.set(key_mapping), quantizer.progress.set(progress), quantizer.options.set(config)
     try:
         yield
     finally:
         quantizer.key_mapping.reset(tokens[0])
         quantizer.progress.reset(tokens[1])
+        quantizer.options.reset(tokens[2])
 
 
 def model_class(settings: dict[str, Any]) -> Any:
@@ -90,8 +95,17 @@ def model_class(settings: dict[str, Any]) -> Any:
     return AutoModelForCausalLM
 
 
+def is_pack_config(settings: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a pack."""
+    found = settings.get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return method == OffloadConfig.quant_method
+
+
 def check_not_packed(settings: dict[str, Any]) -> None:
-    """Raise UnsupportedModelError for a checkpoint whose weights are quantised already."""
+    """Raise UnsupportedModelError for a checkpoint whose weights are quantised already, by others than moert."""
+    if is_pack_config(settings):
+        return
     inner = [value for value in settings.values() if isinstance(value, dict)]
     packed = next((part["quantization_config"] for part in (settings, *inner) if part.get("quantization_config")), None)
     if packed is not None:

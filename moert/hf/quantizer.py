@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from moert.config import OffloadConfig
-from moert.errors import UnsupportedModelError
+from moert.errors import CorruptFileError, UnsupportedModelError
+from moert.formats import FormatChoice
 from moert.hf.adapters import ExpertsAdapter, find_experts
 from moert.hf.checkpoint import CheckpointMap
 from moert.hf.dense import own_memory
@@ -23,7 +26,9 @@ from moert.hf.dense_compute import take_over
 from moert.hf.experts import OffloadedExperts
 from moert.hf.layers import Layers, make_layers, tied_modules
 from moert.hf.model import close, mark
+from moert.hf.packed import Pack, open_pack
 from moert.hf.source import CheckpointSource, checkpoint_records, read_checkpoint
+from moert.runtime.pack_file import MANIFEST
 from moert.runtime.preload import Progress
 from moert.runtime.records import Record
 from moert.runtime.runtime import OffloadRuntime
@@ -34,6 +39,9 @@ key_mapping: ContextVar[dict[str, str] | None] = ContextVar("key_mapping", defau
 progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
 """Whom to tell how far the experts have been read while loading."""
 
+options: ContextVar[OffloadConfig | None] = ContextVar("options", default=None)
+"""The options for a pack that is being loaded, in place of those in its own config.json."""
+
 
 @register_quantizer("moert")
 class MoertQuantizer(HfQuantizer):
@@ -41,10 +49,12 @@ class MoertQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: OffloadConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]  # duck-typed on purpose
-        self._config = quantization_config
+        self._config = options.get() or quantization_config
+        self._source = getattr(quantization_config, "source", None)
         # Nothing is quantised: "not pre-quantised" would make the loader read the dense weights on one thread.
         self.pre_quantized = True
         self._make_runtime: Callable[[], OffloadRuntime] | None = None
+        self._stored_as: FormatChoice | None = None
 
     @property
     def is_trainable(self) -> bool:
@@ -70,7 +80,8 @@ class MoertQuantizer(HfQuantizer):
                 "experts cannot be offloaded and sharded at once: drop tp_plan / distributed_config"
             )
         adapters = find_experts(model)
-        entries = read_checkpoint(checkpoint_files)
+        pack = self._find_pack(checkpoint_files)
+        entries = read_checkpoint(checkpoint_files) if pack is None else {}
         dtypes = _dtypes_in_memory(model, adapters, dtype)
         tied = {**(getattr(model, "all_tied_weights_keys", None) or {})}
         same_as = tied_modules(adapters, tied)
@@ -83,14 +94,40 @@ class MoertQuantizer(HfQuantizer):
         ignored = {f"^{re.escape(name)}$" for name in stacked}
         self._ignored_keys = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
-        layers = make_layers(adapters, same_as, dtypes)
-        mapping = CheckpointMap(model, adapters, dtypes, entries, key_mapping.get())
-        records = checkpoint_records(mapping, layers.specs, layers.paths_of)
-        self._plan(model, layers, mapping.paths, records)
+        layers = make_layers(adapters, same_as, dtypes, self._stored_as if pack is None else pack.stored_as)
+        if pack is None:
+            mapping = CheckpointMap(model, adapters, dtypes, entries, key_mapping.get())
+            records = checkpoint_records(mapping, layers.specs, layers.paths_of)
+            self._plan(model, layers, mapping.paths, records, mapping)
+        else:
+            self._plan(model, layers, *pack.records(layers))
         return model
 
-    def _plan(self, model: PreTrainedModel, layers: Layers, paths: list[str], records: list[list[Record]]) -> None:
+    def _find_pack(self, checkpoint_files: list[str] | None) -> Pack | None:
+        """The pack that the model is loaded from; None for an ordinary checkpoint."""
+        if not checkpoint_files:
+            return None
+        folder = Path(checkpoint_files[0]).parent
+        pack = open_pack(folder)
+        if pack is None and self._source is not None:
+            raise CorruptFileError(
+                f"{folder / MANIFEST} is missing, and config.json says that this is a pack; copy all of its files, "
+                "from the hub with `hf download`"
+            )
+        if pack is not None and self._source not in (None, pack.source):
+            raise CorruptFileError(f"{folder}: config.json and {MANIFEST} are of two different packs; copy it again")
+        return pack
+
+    def _plan(
+        self,
+        model: PreTrainedModel,
+        layers: Layers,
+        paths: list[str],
+        records: list[list[Record]],
+        mapping: CheckpointMap | None = None,
+    ) -> None:
         config = self._config
+        _warn_of_decoding(layers)
 
         def make_runtime() -> OffloadRuntime:
             source = CheckpointSource(paths, records, direct=config.direct_io)
@@ -123,6 +160,22 @@ class MoertQuantizer(HfQuantizer):
         mark(model, runtime, leave=close)
         take_over(model, self._config.dense_kernels)
         return model
+
+
+def _warn_of_decoding(layers: Layers) -> None:
+    """Say so where experts are stored in a format that their layer's kernels do not read."""
+    slow = [
+        spec
+        for spec in layers.specs
+        if spec.fused is None and spec.storage is not None and not spec.storage.choice.is_plain
+    ]
+    if slow:
+        warnings.warn(
+            f"{slow[0].name}, one of {len(slow)} layers: {slow[0].unfused_reason}; its experts are decoded each time "
+            "they are used, which is slow: pack the model as plain",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _dtypes_in_memory(

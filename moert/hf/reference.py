@@ -16,14 +16,15 @@ from moert.hf.adapters import ExpertsAdapter, find_experts
 from moert.hf.dense_compute import take_over
 from moert.hf.layers import fuse
 from moert.hf.loading import model_class
-from moert.hf.model import offloaded_modules
+from moert.hf.model import is_marked, offloaded_modules
+from moert.hf.patching import unpatch
 from moert.hf.text import read_settings
 from moert.kernels.cpu import linear
 from moert.runtime.fused import FusedExperts
 
 
 def load_plain(path_or_id: str, *, experts_implementation: str | None = None, **hf_kwargs: Any) -> Any:
-    """The model as transformers alone loads it, whole in memory, in evaluation mode. Blocks.
+    """The model as transformers alone loads it, whole in memory, in evaluation mode; a pack's weights decoded. Blocks.
 
     Args:
         experts_implementation: "eager" is the model's own code; None is what transformers picks by itself.
@@ -32,7 +33,11 @@ def load_plain(path_or_id: str, *, experts_implementation: str | None = None, **
     if experts_implementation is not None:
         hf_kwargs["experts_implementation"] = experts_implementation
     settings = read_settings(path_or_id, hf_kwargs.get("revision"))
-    return model_class(settings).from_pretrained(path_or_id, **hf_kwargs).eval()
+    model = model_class(settings).from_pretrained(path_or_id, **hf_kwargs).eval()
+    if is_marked(model):  # a pack
+        unpatch(model)
+        model.set_experts_implementation(experts_implementation or "eager")
+    return model
 
 
 @dataclass
@@ -41,13 +46,14 @@ class Products:
 
     compared: int = 0
     largest_error_ulps: float = 0.0
-    """The largest difference within one product, in units in the last place of the largest number in it."""
+    """The largest difference within one product, in units in the last place of the largest number in it; for a norm
+    that rounds twice, half of that."""
 
-    def note(self, found: torch.Tensor, expected: torch.Tensor) -> None:
-        """One product, or one expert's output, as moert and as torch computes it."""
+    def note(self, found: torch.Tensor, expected: torch.Tensor, roundings: int = 1) -> None:
+        """One product or norm, or one expert's output, as moert and as torch computes it, and how often it rounds."""
         self.compared += 1
         error = float((found.float() - expected.float()).abs().max())
-        unit = float(expected.float().abs().max()) * torch.finfo(expected.dtype).eps
+        unit = float(expected.float().abs().max()) * torch.finfo(expected.dtype).eps * roundings
         ulps = error / unit if unit else error
         # A NaN stays, and fails every comparison.
         if not (math.isnan(self.largest_error_ulps) or ulps <= self.largest_error_ulps):
@@ -60,9 +66,9 @@ def round_as_moert(model: nn.Module, *, dense_kernels: bool | None = None) -> Pr
     In bf16 and fp16 the order of a sum and the places where it is rounded change the last bits, those change a routing
     that was nearly a tie, and from there on two runs have little in common: transformers' own eager and grouped experts
     differ like that. So here the outputs of the experts are added in fp32, and what moert's kernels compute is computed
-    by them: whole experts, or the products of experts with a gate of their own, and the products of the dense layers.
-    Each is computed by the model's own code on torch's products as well, whole experts in fp32, and compared. All else
-    stays transformers' own.
+    by them: whole experts, or the products of experts with a gate of their own, and the dense layers, norms
+    and routers among them. Each is computed by the model's own code on torch's products as well, whole experts in fp32,
+    and compared. All else stays transformers' own.
 
     Args:
         dense_kernels: as the run that it is held against was configured.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from moert.kernels.cpu import add_rows
 from moert.runtime.fused import FusedExperts
 from moert.runtime.layer import LayerCache, Weights
 from moert.runtime.routing import Group
@@ -29,11 +30,35 @@ class ExpertCompute(ABC):
 
 def add_weighted(group: Group, output: torch.Tensor, out: torch.Tensor) -> None:
     """Add a group's outputs [n, D] times its weights to its tokens' rows of `out`: a product, then a sum."""
+    if output.dtype is out.dtype is group.weights.dtype is torch.float32 and output.is_contiguous():
+        add_rows(output, group.tokens, group.weights, out)
+        return
     part = output.to(out.dtype) * group.weights.to(out.dtype).unsqueeze(1)
     if group.tokens is None:
         out += part
     else:
         out.index_add_(0, group.tokens, part)
+
+
+class Scratch:
+    """Memory for outputs that wait for their turn, the same in each step: new memory costs more than filling it."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+        self._used = 0
+
+    def clear(self) -> None:
+        """What has been taken is in use no more."""
+        if self._used > self._memory.numel():
+            self._memory = torch.empty(self._used)
+        self._used = 0
+
+    def take(self, rows: int, width: int) -> torch.Tensor:
+        """[rows, width] of fp32 zeros, the caller's until `clear`."""
+        begin, self._used = self._used, self._used + rows * width
+        if self._used > self._memory.numel():
+            return torch.zeros(rows, width)
+        return self._memory[begin : self._used].view(rows, width).zero_()
 
 
 class OneByOne(ExpertCompute):
@@ -51,15 +76,16 @@ class OneByOne(ExpertCompute):
         return [self._output(group, hidden) for group in groups]
 
     def _output(self, group: Group, hidden: torch.Tensor) -> torch.Tensor:
-        return self._compute(group.rows(hidden), self._layer.weights(group.expert))
+        return self._compute(group.rows(hidden), self._layer.own_weights(group.expert))
 
 
 class Fused(ExpertCompute):
     """All experts of a batch in one call of the kernels of csrc/, on all their threads."""
 
-    def __init__(self, layer: LayerCache, fused: FusedExperts) -> None:
+    def __init__(self, layer: LayerCache, fused: FusedExperts, scratch: Scratch) -> None:
         self._layer = layer
         self._ffn = fused.ffn
+        self._scratch = scratch
 
     def add(self, groups: Sequence[Group], hidden: torch.Tensor, out: torch.Tensor) -> None:
         experts = [self._layer.fused_expert(group.expert) for group in groups]
@@ -68,7 +94,7 @@ class Fused(ExpertCompute):
     def outputs(self, groups: Sequence[Group], hidden: torch.Tensor) -> list[torch.Tensor]:
         experts = [self._layer.fused_expert(group.expert) for group in groups]
         sizes = [group.weights.shape[0] for group in groups]
-        held = torch.zeros(sum(sizes), hidden.shape[1])
+        held = self._scratch.take(sum(sizes), hidden.shape[1])
         begins = [sum(sizes[:index]) for index in range(len(sizes))]
         self._ffn.run(hidden, experts, [group.tokens for group in groups], [None] * len(groups), held, out_rows=begins)
         return list(held.split(sizes))

@@ -26,11 +26,16 @@ class FfnLayout:
 class FusedExperts:
     """The experts of one layer, for the kernels that compute a step of them at once."""
 
-    def __init__(self, layout: FfnLayout, gate: Gate, specs: Sequence[TensorSpec]) -> None:
-        """`specs` are one expert's tensors; `can_fuse` holds for them."""
+    def __init__(
+        self, layout: FfnLayout, gate: Gate, specs: Sequence[TensorSpec], weight_format: str = "plain"
+    ) -> None:
+        """`specs` are one expert's tensors as its module has them, `can_fuse` holds for them; `weight_format` is how
+        they are stored: matrices in another one than plain lie as rows whatever the layout says."""
         shapes = {spec.name: spec.shape for spec in specs}
         width, hidden = shapes[layout.down] if layout.transposed else reversed(shapes[layout.down])
         self._layout = layout
+        self._format = weight_format
+        self._transposed = layout.transposed and weight_format == "plain"
         self.ffn = ExpertFfn(gate, hidden, width, specs[0].dtype)
 
     @staticmethod
@@ -42,8 +47,8 @@ class FusedExperts:
         """One expert of these tensors, which it keeps alive."""
         layout = self._layout
         return self.ffn.expert(
-            matrix("plain", weights, layout.up, transposed=layout.transposed),
-            matrix("plain", weights, layout.down, transposed=layout.transposed),
+            matrix(self._format, weights, layout.up, transposed=self._transposed),
+            matrix(self._format, weights, layout.down, transposed=self._transposed),
             weights.get(f"{layout.up}_bias"),
             weights.get(f"{layout.down}_bias"),
         )

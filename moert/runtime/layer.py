@@ -13,6 +13,7 @@ from moert.kernels.cpu import Expert
 from moert.residency import Residency, Resize
 from moert.runtime.fused import FusedExperts
 from moert.runtime.records import Record, RecordSource
+from moert.runtime.slot import Slot
 from moert.runtime.staging import StagingBuffer, StagingPool
 from moert.runtime.stats import LayerStats
 from moert.runtime.storage import Storage
@@ -75,7 +76,6 @@ class LayerCache(ABC):
         self.spec = spec
         self.residency = residency
         self.stats = LayerStats(spec.name)
-        self._fused: dict[int, Expert] = {}
 
     @abstractmethod
     def weights(self, expert: int) -> Weights:
@@ -88,11 +88,8 @@ class LayerCache(ABC):
 
     def fused_expert(self, expert: int) -> Expert:
         """A resident expert as the layer's fused kernels take it; valid while it is locked."""
-        found = self._fused.get(expert)
-        if found is None:
-            assert self.spec.fused is not None
-            found = self._fused[expert] = self.spec.fused.expert(self.weights(expert))
-        return found
+        assert self.spec.fused is not None
+        return self.spec.fused.expert(self.weights(expert))
 
     @abstractmethod
     def _can_submit(self) -> bool:
@@ -119,8 +116,6 @@ class LayerCache(ABC):
             return None
         if admission.victim is not None:
             self.stats.resident_bytes -= self.spec.expert_bytes
-            self._fused.pop(admission.victim.expert, None)
-        self._fused.pop(expert.expert, None)  # were one left, it would point at another slot
         try:
             return self._submit(expert.expert, admission.slot, priority)
         except BaseException:
@@ -154,12 +149,18 @@ class ParameterLayer(LayerCache):
         super().__init__(spec, residency)
         self.stats.resident_bytes = spec.num_experts * spec.expert_bytes
         self._weights = weights
+        self._fused: dict[int, Expert] = {}
         for expert in range(spec.num_experts):
             residency.admit(ExpertId(spec.index, expert))
             residency.arrive(ExpertId(spec.index, expert))
 
     def weights(self, expert: int) -> Weights:
         return self._weights[expert]
+
+    def fused_expert(self, expert: int) -> Expert:
+        if expert not in self._fused:
+            self._fused[expert] = super().fused_expert(expert)
+        return self._fused[expert]
 
     def _can_submit(self) -> bool:
         return True
@@ -195,14 +196,20 @@ class SlotLayer(LayerCache):
         self._reader = reader
         self._staging = staging
         self._poison = poison
-        self._slots: list[torch.Tensor] = []
-        self._views: list[Weights] = []
+        self._slots: list[Slot] = []
         self._take_slots()
 
-    def weights(self, expert: int) -> Weights:
+    def _slot_of(self, expert: int) -> Slot:
         slot = self.residency.slot_of(ExpertId(self.spec.index, expert))
         assert slot is not None, f"expert {expert} of {self.spec.name} is not resident"
-        return self._views[slot]
+        return self._slots[slot]
+
+    def weights(self, expert: int) -> Weights:
+        return self._slot_of(expert).weights
+
+    def fused_expert(self, expert: int) -> Expert:
+        assert self.spec.fused is not None
+        return self._slot_of(expert).expert(self.spec.fused)
 
     def _can_submit(self) -> bool:
         return self._staging is None or self._staging.can_acquire()
@@ -214,7 +221,7 @@ class SlotLayer(LayerCache):
         record = self._source.record(self.spec.index, expert)
         if self._poison:
             self._bank.poison(slot)
-        self._views[slot] = record.layout.views(self._slots[slot])
+        self._slots[slot].lay_out(record.layout)
         if record.is_direct:
             reads = self._reads(record, self._bank.slot(slot))
             check = record.check
@@ -222,7 +229,7 @@ class SlotLayer(LayerCache):
             return Fetch(self._reader.submit_read(reads, priority, finish=finish), record.read_bytes)
         assert self._staging is not None
         staging = self._staging.acquire()
-        target = self._slots[slot]
+        target = self._slots[slot].bytes
         reads = self._reads(record, staging.memory)
 
         def convert(_: tuple[int, ...]) -> None:
@@ -255,33 +262,27 @@ class SlotLayer(LayerCache):
         """
         change = self.residency.resize(n_slots)
         self.stats.resident_bytes -= len(change.victims) * self.spec.expert_bytes
-        for expert in (*change.victims, *(move.expert for move in change.moves)):
-            self._fused.pop(expert.expert, None)
         waiting = list(change.moves)
         try:
             while waiting:
                 move = waiting[-1]
-                self._slots[move.to_slot].copy_(self._slots[move.from_slot])
-                layout = self._source.record(self.spec.index, move.expert.expert).layout
-                self._views[move.to_slot] = layout.views(self._slots[move.to_slot])
+                self._slots[move.to_slot].bytes.copy_(self._slots[move.from_slot].bytes)
+                self._slots[move.to_slot].lay_out(self._source.record(self.spec.index, move.expert.expert).layout)
                 waiting.pop()
         finally:
             # Interrupted: those whose bytes are not where the table says are as good as evicted.
             for move in waiting:
                 self.residency.drop(move.expert)
                 self.stats.resident_bytes -= self.spec.expert_bytes
-            del self._slots[n_slots:], self._views[n_slots:]
+            del self._slots[n_slots:]
         self._take_slots()
         return change
 
     def _take_slots(self) -> None:
         """Views of the residency's slots that have none yet."""
         for slot in range(len(self._slots), self.residency.capacity):
-            self._slots.append(torch.frombuffer(self._bank.slot(slot), dtype=torch.uint8))
-            self._views.append({})
+            self._slots.append(Slot(self._bank.slot(slot)))
 
     def close(self) -> None:
         """Drop every view of the bank's memory."""
-        self._fused = {}
-        self._views = []
         self._slots = []

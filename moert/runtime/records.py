@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from moert.formats import RecordLayout, TensorSpec
-from moert.tiers.disk import BLOCK_BYTES, ShardFile, window_bytes
+from moert.tiers.disk import BLOCK_BYTES, Read, ShardFile, window_bytes
 
 MERGE_GAP_BYTES = 64 * 1024
 """Two spans of one file this close are read as one: the gap costs less than a second request."""
@@ -78,6 +78,11 @@ def merge_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
     return tuple(merged)
 
 
+Check = Callable[[Sequence[Read]], None]
+"""Looks at a record's buffers once its reads are done, on the thread that did them; it may do them again, and raises
+where the bytes are not the right ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One expert on disk.
@@ -95,6 +100,8 @@ class Record:
     """The tensors in the slot once it is filled."""
     sources: tuple[Source, ...] | None
     """None for a direct record."""
+    check: Check | None = None
+    """What to do with the bytes before they are used; None: nothing."""
 
     @property
     def is_direct(self) -> bool:

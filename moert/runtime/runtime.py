@@ -17,7 +17,7 @@ from moert.plan import LayerNeed, default_budget, plan_slots, shrink_slots
 from moert.policies import make_policy
 from moert.pressure import describe
 from moert.residency import Residency
-from moert.runtime.compute import Compute
+from moert.runtime.compute import Compute, Scratch
 from moert.runtime.host_tier import HostTier, Resized
 from moert.runtime.layer import LayerCache, LayerSpec, ParameterLayer, SlotLayer, Weights
 from moert.runtime.pipeline import Pipeline
@@ -55,6 +55,7 @@ class OffloadRuntime:
         self._shrinks = 0
         self._reader = reader
         self._source = source
+        self._scratch = Scratch()
         self._lock = threading.Lock()
         self._closed: str | None = None
         self._read_s_at_reset = 0.0
@@ -168,6 +169,7 @@ class OffloadRuntime:
                 top_k_index,
                 top_k_weights,
                 pipeline=self.pipeline,
+                scratch=self._scratch,
                 check=self.config.debug,
             )
 

@@ -11,7 +11,7 @@ from time import perf_counter
 
 import torch
 
-from moert.runtime.compute import Compute, ExpertCompute, Fused, OneByOne, add_weighted
+from moert.runtime.compute import Compute, ExpertCompute, Fused, OneByOne, Scratch, add_weighted
 from moert.runtime.layer import LayerCache
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.routing import Group, group_by_expert
@@ -32,11 +32,12 @@ def run_step(
     top_k_weights: torch.Tensor,
     *,
     pipeline: Pipeline,
+    scratch: Scratch | None = None,
     check: bool = False,
 ) -> torch.Tensor:
     """Run one layer on `hidden` [T, D] with `top_k_index` and `top_k_weights` [T, K], all on the CPU.
 
-    Missing experts come through `pipeline`, before all that nobody waits for.
+    Missing experts come through `pipeline`, before all that nobody waits for. `scratch` is used by one step at a time.
 
     Blocks until done. Ids that name no expert (expert-parallel sentinels) and picks of weight 0 contribute nothing
     and fetch nothing.
@@ -55,7 +56,9 @@ def run_step(
     groups = group_by_expert(top_k_index, top_k_weights.to(dtype), spec.num_experts + spec.num_identity)
     real = [group for group in groups if group.expert < spec.num_experts]
     if real:
-        kernels = OneByOne(layer, compute) if spec.fused is None else Fused(layer, spec.fused)
+        scratch = scratch or Scratch()
+        scratch.clear()
+        kernels = OneByOne(layer, compute) if spec.fused is None else Fused(layer, spec.fused, scratch)
         step = _Step(layer, kernels, hidden, out, real, pipeline)
         try:
             step.run()
@@ -137,12 +140,15 @@ class _Step:
                 turn += 1
             return turns
         blocked = self._pipeline.has_queued_demands and not self._layer.residency.can_admit()
-        held_bytes = self._held_bytes
+        held_bytes, picks = self._held_bytes, 0
         for turn in sorted(self._ready):
             if held_bytes >= HELD_OUTPUT_BYTES and not (not turns and (blocked or not self._is_any_in_flight())):
                 break
             turns.append(turn)
             held_bytes += self._groups[turn].weights.shape[0] * self._out.shape[1] * self._out.element_size()
+            picks += self._groups[turn].weights.shape[0]
+            if picks >= BATCH_PICKS:
+                break  # holding outputs costs more than adding them in their turn, which may have come by then
         return turns
 
     def _is_any_in_flight(self) -> bool:

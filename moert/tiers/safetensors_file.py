@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ import torch
 from moert.errors import CorruptFileError, TransferError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+
+DATA_ALIGNMENT_BYTES = 4096
+"""Where the data of the files begins that `make_header` makes: at a multiple of it, as direct reads want it."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -52,7 +56,12 @@ class TensorEntry:
 
 
 def read_entries(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
-    """Every tensor of a safetensors file, by name; blocks while the header is read.
+    """Every tensor of a safetensors file, by name; see `read_header`."""
+    return read_header(path)[0]
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Every tensor of a safetensors file, by name, and the file's metadata; blocks while the header is read.
 
     Raises:
         CorruptFileError: the header is malformed or contradicts the size of the file; the file, the tensor and the
@@ -82,10 +91,27 @@ def read_entries(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
         raise CorruptFileError(f"{path}: the header is not JSON ({error}); download or copy the file again") from error
     if not isinstance(header, dict):
         raise CorruptFileError(f"{path}: the header is a JSON {type(header).__name__}, not an object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptFileError(f"{path}: its metadata is not names and texts; download or copy the file again")
     entries = {name: _entry(path, name, fields, 8 + header_bytes) for name, fields in header.items()}
     _check_cover(path, list(entries.values()), 8 + header_bytes, size)
-    return entries
+    return entries, metadata
+
+
+def make_header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a file of `tensors`, (name, dtype, shape, bytes) in the order of their data.
+
+    Padded so that the data begins at a multiple of 4096 bytes.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, dtype, shape, nbytes in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT_BYTES)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _entry(path: str, name: str, fields: Any, data_begin: int) -> TensorEntry:
