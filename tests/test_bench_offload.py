@@ -40,7 +40,7 @@ def skip_unless_limits_work(limit_bytes: int) -> None:
         pytest.skip(refused)
 
 
-@pytest.mark.parametrize("systems", ["moert", pytest.param("moert,hf", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("systems", ["moert,moert-resident", pytest.param("moert,hf", marks=pytest.mark.slow)])
 def test_a_whole_benchmark(tiny: Path, tmp_path: Path, systems: str) -> None:
     pytest.importorskip("moert.api")
     command = [sys.executable, str(BENCH / "offload.py"), str(tiny), "--systems", systems, "--host-memory", "100%"]
@@ -59,6 +59,31 @@ def test_a_whole_benchmark(tiny: Path, tmp_path: Path, systems: str) -> None:
     runs = [outcome["run"] for one in report["rounds"] for outcome in one["outcomes"]]
     assert all(len(run["tokens"]) == 6 for run in runs)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "tiny"]
+
+
+def test_the_slower_limit_binds() -> None:
+    report = bench("report")
+
+    def share(disk: float, speed: float, resident: float | None) -> float | None:
+        rows = [{"system": "moert", "tokens_per_s": speed, "share_of_disk_limit": disk}]
+        rows += [] if resident is None else [{"system": "moert-resident", "tokens_per_s": resident}]
+        report.set_share_of_limit(rows)
+        return rows[0].get("share_of_limit")
+
+    assert share(0.6, 8.0, 10.0) == 0.8
+    assert share(0.9, 8.0, 10.0) == 0.9
+    assert share(0.9, 8.0, None) is None
+
+
+def test_the_resident_run_has_no_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds, systems = bench("rounds"), bench("systems")
+    limits = {}
+    monkeypatch.setattr(rounds, "drop_page_cache", lambda files: None)
+    monkeypatch.setattr(rounds, "run_child", lambda spec, limit, **_: limits.setdefault(spec.system, limit))
+    of = rounds.Bench([], 1, 100, 1.0, 1.0)
+    for system in ("moert", systems.RESIDENT):
+        of.run(systems.Spec(system, "folder", [1], 2))
+    assert limits == {"moert": 100, systems.RESIDENT: None}
 
 
 def outcome(system: str, tokens: list[int] | None, **of_run: Any) -> Any:
