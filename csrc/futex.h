@@ -6,7 +6,9 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <ctime>
 
 namespace moert {
 
@@ -16,6 +18,15 @@ static_assert(sizeof(FutexWord) == 4 && FutexWord::is_always_lock_free, "the ker
 // Returns when woken, at once if the word is no longer `seen`, and now and then for no reason.
 inline void futex_wait(FutexWord* word, uint32_t seen) {
     syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+}
+
+// And after `limit`, at the latest, or where a signal was handled.
+inline void futex_wait(FutexWord* word, uint32_t seen, std::chrono::nanoseconds limit) {
+    const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(limit);
+    timespec time{};
+    time.tv_sec = static_cast<time_t>(seconds.count());
+    time.tv_nsec = static_cast<long>((limit - seconds).count());
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAIT_PRIVATE, seen, &time, nullptr, 0);
 }
 
 inline void futex_wake(FutexWord* word, int count) {

@@ -86,5 +86,6 @@ extern PyMethodDef ffn_methods[];
 extern PyMethodDef norm_methods[];
 extern PyMethodDef rotary_methods[];
 extern PyMethodDef pool_methods[];
+extern PyMethodDef reader_methods[];
 
 }  // namespace moert

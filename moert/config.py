@@ -91,8 +91,8 @@ class OffloadConfig:
     """Bytes of device memory for experts; needs a CUDA device. None: no device tier."""
     policy: str = "lru"
     """Which resident expert leaves: the name of a file in `moert/policies`, or "package.module:Class"."""
-    io_depth: int = 4
-    """Expert reads in flight at once."""
+    io_depth: int | None = None
+    """Reads in flight at once, of each disk. None: starts with 4 and goes where the disk gains, measured in use."""
     direct_io: bool = True
     """Read past the page cache (O_DIRECT) where the file system can; a file system that cannot is read through it."""
     preload: bool | None = None
@@ -114,8 +114,10 @@ class OffloadConfig:
                 parse_budget(value, option)
         if not isinstance(self.policy, str) or not self.policy:
             raise ConfigError(f'policy={self.policy!r} must be the name of a policy or "package.module:Class"')
-        if isinstance(self.io_depth, bool) or not isinstance(self.io_depth, int) or not 1 <= self.io_depth <= 64:
-            raise ConfigError(f"io_depth={self.io_depth!r} must be a whole number from 1 to 64")
+        if self.io_depth is not None and (
+            isinstance(self.io_depth, bool) or not isinstance(self.io_depth, int) or not 1 <= self.io_depth <= 64
+        ):
+            raise ConfigError(f"io_depth={self.io_depth!r} must be None or a whole number from 1 to 64")
         for option in ("shrink_on_pressure", "direct_io", "debug"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option}={getattr(self, option)!r} must be True or False")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cli_support import PROMPT, Cli, checkpoint, plain_tokens, tokenizer
+from own_threads import check_no_disk_threads, disk_threads
 
 import moert
 from moert.hf.text import Generation
@@ -44,10 +45,6 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
 @pytest.fixture
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp() / "cli"
-
-
-def moert_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("moert")]
 
 
 @pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
@@ -172,7 +169,7 @@ def test_model_is_closed_however_it_ends(
     close = moert.close
 
     def fail(_text: str) -> None:
-        assert moert_threads()
+        assert disk_threads() > 0
         raise error
 
     def note(model: Any) -> None:
@@ -186,4 +183,5 @@ def test_model_is_closed_however_it_ends(
     assert ran.code == (130 if error is KeyboardInterrupt else 1)
     assert closed == [True]
     assert (ran.out, ran.err) == ("", "")
-    assert not moert_threads()
+    check_no_disk_threads()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("moert")]

@@ -617,7 +617,7 @@ class TestDiskReader:
     def test_a_forgotten_reader_ends_its_threads(self, path: Path, slots: SlotBank) -> None:
         with ShardFile(path) as file:
             reader = DiskReader(2)
-            submit_block(reader, file, 0, slots).wait(PATIENCE_S)
+            reader.submit_read([Read(file, 0, 10, slots.slot(0))], finish=lambda starts: None).wait(PATIENCE_S)
             threads = [thread for thread in threading.enumerate() if thread.name.startswith("moert")]
             assert threads
             del reader

@@ -126,7 +126,7 @@ def _type_of(field: Field[Any]) -> tuple[Any, str]:
     flag = flag_of(field.name)
     if "bool" in names:
         return (bool | None if "None" in names else bool), f"{flag}/--no-{flag[2:]}"
-    kind: Any = int if names == {"int"} else str
+    kind: Any = int if names <= {"int", "None"} else str
     return (kind | None if "None" in names else kind), flag
 
 

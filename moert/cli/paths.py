@@ -62,7 +62,7 @@ def _dense(document: dict[str, Any], config: OffloadConfig) -> tuple[str, str]:
 
 def _reads(document: dict[str, Any], config: OffloadConfig) -> tuple[str, str]:
     disk = document["disks"].get("checkpoint") or document["disks"]["cache"]
-    threads = f"{config.io_depth} threads"
+    threads = "4 threads at first" if config.io_depth is None else f"{config.io_depth} threads"
     if not config.direct_io:
         return f"through the page cache, {threads}", "--no-direct-io asks for it"
     if "problem" in disk:

@@ -27,6 +27,7 @@ from moert.runtime.staging import StagingPool
 from moert.runtime.stats import LayerStats, Stats
 from moert.runtime.step import run_step
 from moert.runtime.watch import MemoryWatch
+from moert.tiers.depth import START_DEPTH
 from moert.tiers.disk import DiskReader, Priority
 from moert.tiers.memory import available_bytes, memory_report
 from moert.types import ExpertId
@@ -49,7 +50,7 @@ class OffloadRuntime:
     ) -> None:
         self.layers = tuple(layers)
         self.config = config
-        self.pipeline = Pipeline(self.layers, 2 * config.io_depth, MAX_BYTES_IN_FLIGHT)
+        self.pipeline = Pipeline(self.layers, _reads_ahead(config), MAX_BYTES_IN_FLIGHT)
         self._tier = tier
         self._watch = MemoryWatch() if tier is not None and config.shrink_on_pressure else None
         self._shrinks = 0
@@ -93,7 +94,7 @@ class OffloadRuntime:
             slots = plan_slots(needs, config.host_budget or default_budget(needs, available_bytes()))
             records = [source.record(spec.index, expert) for spec in specs for expert in range(spec.num_experts)]
             staged = [record.buffer_bytes for record in records if not record.is_direct]
-            tier = HostTier(needs, slots, *((2 * config.io_depth, max(staged)) if staged else (0, 0)))
+            tier = HostTier(needs, slots, *((_reads_ahead(config), max(staged)) if staged else (0, 0)))
             opened.append(tier.close)
             reader = DiskReader(depth=config.io_depth)
             opened.append(reader.close)
@@ -313,3 +314,8 @@ class OffloadRuntime:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+def _reads_ahead(config: OffloadConfig) -> int:
+    """How many records to submit at once, so that no lane of the reader is idle between two of them."""
+    return 2 * (config.io_depth or START_DEPTH)

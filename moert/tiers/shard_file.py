@@ -53,6 +53,20 @@ class FileCalls:
 OS_CALLS = FileCalls()
 
 
+class DirectWindow(NamedTuple):
+    """A read that the system can be asked for as it is: `nbytes` at `begin` of `fd` to `address`, all in whole blocks.
+
+    At the file's end fewer bytes come, but no fewer than `needed`. `memory` keeps the address valid.
+    """
+
+    fd: int
+    begin: int
+    nbytes: int
+    needed: int
+    address: int
+    memory: object
+
+
 def window_bytes(offset: int, nbytes: int) -> int:
     """Buffer bytes that a read of `nbytes` at `offset` needs: the record, rounded out to whole blocks on both sides."""
     return _round_up(offset + nbytes) - offset // BLOCK_BYTES * BLOCK_BYTES
@@ -76,6 +90,7 @@ class ShardFile:
         self.path = Path(path)
         self.direct = direct
         self._calls = calls
+        self._own_calls = calls != OS_CALLS
         self._lock = threading.Lock()
         self._readers = 0
         self._closed = False
@@ -126,13 +141,53 @@ class ShardFile:
                 f"not {len(buffer)}"
             )
         begin = offset // BLOCK_BYTES * BLOCK_BYTES
-        self._begin_use()
+        self.begin_use()
         try:
             self._read_window(begin, offset + nbytes, buffer)
             self._check_unchanged()
         finally:
-            self._end_use()
+            self.end_use()
         return offset - begin
+
+    def direct_window(self, offset: int, nbytes: int, buffer: memoryview) -> DirectWindow | None:
+        """What `read` would ask the system for, for somebody who asks it himself; None where it takes more than that.
+
+        He does so between `begin_use` and `end_use`, checks that the file is still `identity` when he has the bytes,
+        and leaves it to `read` if anything goes wrong.
+        """
+        if self._own_calls or not self.direct or self._closed or offset < 0 or nbytes <= 0:
+            return None
+        window = window_bytes(offset, nbytes)
+        if offset + nbytes > self.size or len(buffer) < window:
+            return None
+        try:
+            memory = ctypes.c_char.from_buffer(buffer)
+        except (TypeError, ValueError, BufferError):
+            return None
+        address = ctypes.addressof(memory)
+        if address % BLOCK_BYTES:
+            return None
+        begin = offset // BLOCK_BYTES * BLOCK_BYTES
+        return DirectWindow(self._fd, begin, window, offset + nbytes - begin, address, memory)
+
+    def begin_use(self) -> None:
+        """Keep the descriptor open until `end_use`, whoever closes the file.
+
+        Raises:
+            MoertError: it is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise MoertError(f"{self.path} is closed; load or patch the model again")
+            self._readers += 1
+
+    def end_use(self) -> None:
+        """Once for each `begin_use`."""
+        with self._lock:
+            self._readers -= 1
+            last = self._closed and self._readers == 0
+        if last:
+            os.close(self._fd)
 
     def close(self) -> None:
         """Close the file, once the reads in flight have ended. Does not wait for them. Idempotent."""
@@ -164,19 +219,6 @@ class ShardFile:
                     raise
                 self.direct = False
         return self._calls.open(str(self.path), flags)
-
-    def _begin_use(self) -> None:
-        with self._lock:
-            if self._closed:
-                raise MoertError(f"{self.path} is closed; load or patch the model again")
-            self._readers += 1
-
-    def _end_use(self) -> None:
-        with self._lock:
-            self._readers -= 1
-            last = self._closed and self._readers == 0
-        if last:
-            os.close(self._fd)
 
     def _read_window(self, begin: int, end: int, buffer: memoryview) -> None:
         """Fill `buffer` with the file's bytes from `begin` (a block's start) to at least `end`."""

@@ -1,0 +1,288 @@
+#include "reader.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <string>
+#include <system_error>
+#include <utility>
+
+namespace moert {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using Lock = std::unique_lock<std::mutex>;
+
+double seconds_between(Clock::time_point begin, Clock::time_point end) {
+    return std::chrono::duration<double>(end - begin).count();
+}
+
+size_t index_of(ReadClass kind) {
+    return static_cast<size_t>(kind);
+}
+
+}  // namespace
+
+Reader::Reader(Lanes lanes, std::shared_ptr<BusyClock> clock, ReadCall call)
+    : call_(call), lanes_(lanes), clock_(std::move(clock)) {}
+
+Reader::~Reader() {
+    close();
+}
+
+void Reader::refuse_fork() const {
+    if (in_fork()) throw ReaderError("the threads that read belong to the process that this is a fork of");
+}
+
+Reader::Disk& Reader::disk_of(uint64_t device) {
+    const auto [place, made] = disks_.try_emplace(device);
+    if (made) {
+        place->second.device = device;
+        place->second.lanes = lanes_;
+    }
+    return place->second;
+}
+
+bool Reader::start_thread(Disk& disk) {
+    const size_t number = disk.threads.size();
+    if (number >= static_cast<size_t>(std::max(disk.lanes.all, 0))) return false;
+    // Threads inherit the mask: no signal handler of the program ever runs on one of these.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    try {
+        disk.threads.emplace_back([this, &disk, number] {
+            pthread_setname_np(pthread_self(), ("moert-disk-" + std::to_string(number)).c_str());
+            work(disk);
+        });
+    } catch (const std::system_error&) {
+        // With fewer lanes, then.
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return disk.threads.size() > number;
+}
+
+// Sees to it that as many threads look at the queues of the disk as can begin something.
+void Reader::call_threads(Disk& disk) {
+    const auto limit = [](int lanes, int busy) { return static_cast<size_t>(std::max(lanes - busy, 0)); };
+    const size_t guesses = std::min(disk.guesses, limit(disk.lanes.guesses, disk.guessing));
+    const size_t wanted = std::min(disk.demands + guesses, limit(disk.lanes.all, disk.busy));
+    for (size_t i = 0; i < std::min(wanted, static_cast<size_t>(disk.idle)); i++) disk.changed.notify_one();
+    while (disk.threads.size() - static_cast<size_t>(disk.busy) < wanted && start_thread(disk)) {
+    }
+}
+
+void Reader::push(const std::shared_ptr<Record>& record, size_t number) {
+    const Record::Share& share = record->shares[number];
+    Disk& disk = disk_of(share.device);
+    disk.queues[index_of(record->kind)].push_back({record, number});
+    waiting(disk, record->kind) += share.chunks.size() - share.begun;
+    call_threads(disk);
+}
+
+std::shared_ptr<Record> Reader::submit(std::vector<Part> parts, uint64_t record_bytes, ReadClass kind) {
+    refuse_fork();
+    auto record = std::make_shared<Record>();
+    record->parts = std::move(parts);
+    record->nbytes = record_bytes;
+    record->kind = kind;
+    for (size_t i = 0; i < record->parts.size(); i++) {
+        const Part& part = record->parts[i];
+        auto share = std::find_if(record->shares.begin(), record->shares.end(),
+                                  [&](const Record::Share& other) { return other.device == part.identity.device; });
+        if (share == record->shares.end()) share = record->shares.insert(share, {part.identity.device, {}, 0});
+        const std::vector<Chunk> chunks = cut(part, i);
+        share->chunks.insert(share->chunks.end(), chunks.begin(), chunks.end());
+        record->unfinished += chunks.size();
+    }
+    const Lock lock(mutex_);
+    if (closing_) throw ReaderError("the reader is closed");
+    if (record->shares.empty()) record->outcome.settle(ReadState::kWhole);
+    for (size_t i = 0; i < record->shares.size(); i++) {
+        push(record, i);
+        const Disk& disk = disk_of(record->shares[i].device);
+        if (disk.threads.empty() && disk.lanes.all > 0) {
+            withdraw(*record);
+            throw ReaderError("the system gives no thread to read with");
+        }
+    }
+    return record;
+}
+
+// Takes what has not been begun off the queues, and returns how many chunks that were.
+size_t Reader::withdraw(Record& record) {
+    size_t chunks = 0;
+    for (Record::Share& share : record.shares) {
+        if (share.begun == share.chunks.size()) continue;
+        Disk& disk = disk_of(share.device);
+        auto& queue = disk.queues[index_of(record.kind)];
+        const auto place = std::find_if(queue.begin(), queue.end(),
+                                        [&](const Queued& queued) { return queued.record.get() == &record; });
+        if (place == queue.end()) continue;
+        queue.erase(place);
+        waiting(disk, record.kind) -= share.chunks.size() - share.begun;
+        chunks += share.chunks.size() - share.begun;
+    }
+    return chunks;
+}
+
+bool Reader::cancel(const std::shared_ptr<Record>& record) {
+    refuse_fork();
+    const Lock lock(mutex_);
+    if (record->outcome.state() != ReadState::kUnderWay || record->begun) return false;
+    withdraw(*record);
+    record->outcome.settle(ReadState::kCancelled);
+    return true;
+}
+
+bool Reader::promote(const std::shared_ptr<Record>& record) {
+    refuse_fork();
+    const Lock lock(mutex_);
+    if (closing_ || record->kind == ReadClass::kDemand || withdraw(*record) == 0) return false;
+    record->kind = ReadClass::kDemand;
+    for (size_t i = 0; i < record->shares.size(); i++) {
+        if (record->shares[i].begun < record->shares[i].chunks.size()) push(record, i);
+    }
+    return true;
+}
+
+void Reader::set_lanes(uint64_t device, Lanes lanes) {
+    refuse_fork();
+    const Lock lock(mutex_);
+    if (closing_) return;
+    Disk& disk = disk_of(device);
+    const auto now = Clock::now();
+    enter(disk, 0, now);
+    disk.lanes = lanes;
+    disk.saturated_since = now;
+    disk.counted_from_s = disk.saturated_s;
+    disk.saturated_bytes = 0;
+    call_threads(disk);
+}
+
+std::vector<Saturation> Reader::saturation(double seconds, double nbytes) {
+    refuse_fork();
+    const Lock lock(mutex_);
+    std::vector<Saturation> found;
+    for (auto& [device, disk] : disks_) {
+        const double counted_s = disk.saturated_s - disk.counted_from_s;
+        if (counted_s < seconds || disk.saturated_bytes < nbytes) continue;
+        found.push_back({device, disk.lanes.all, disk.saturated_bytes, counted_s});
+        disk.counted_from_s = disk.saturated_s;
+        disk.saturated_bytes = 0;
+    }
+    return found;
+}
+
+// Brings the saturated time up to now, and only then changes how many lanes are busy.
+void Reader::enter(Disk& disk, int change, Clock::time_point now) {
+    if (disk.busy >= disk.lanes.all) disk.saturated_s += seconds_between(disk.saturated_since, now);
+    disk.saturated_since = now;
+    disk.busy += change;
+}
+
+bool Reader::take(Disk& disk, Taken* taken) {
+    if (disk.busy >= disk.lanes.all) return false;
+    for (int kind = 0; kind < kReadClasses; kind++) {
+        const bool guess = kind != static_cast<int>(ReadClass::kDemand);
+        if (guess && disk.guessing >= disk.lanes.guesses) return false;
+        auto& queue = disk.queues[static_cast<size_t>(kind)];
+        if (queue.empty()) continue;
+        const Queued& next = queue.front();
+        Record::Share& share = next.record->shares[next.share];
+        *taken = {next.record, &share.chunks[share.begun], guess, 0, Clock::now()};
+        waiting(disk, taken->record->kind)--;
+        if (++share.begun == share.chunks.size()) queue.pop_front();
+        if (!std::exchange(taken->record->begun, true)) taken->record->began = taken->began;
+        clock_->enter();
+        enter(disk, 1, taken->began);
+        taken->saturated_s = disk.saturated_s;
+        disk.guessing += guess;
+        return true;
+    }
+    return false;
+}
+
+void Reader::put_back(Disk& disk, const Taken& taken) {
+    const auto now = Clock::now();
+    enter(disk, -1, now);
+    disk.guessing -= taken.guess;
+    clock_->leave();
+    // Of a chunk that was read partly at other times its share.
+    const double saturated_s = disk.saturated_s - std::max(taken.saturated_s, disk.counted_from_s);
+    const double took_s = seconds_between(taken.began, now);
+    if (saturated_s > 0) disk.saturated_bytes += static_cast<double>(taken.chunk->nbytes) * saturated_s / took_s;
+    taken.record->seconds = seconds_between(taken.record->began, now);
+}
+
+void Reader::work(Disk& disk) {
+    Lock lock(mutex_);
+    for (;;) {
+        Taken taken;
+        if (!take(disk, &taken)) {
+            if (closing_) return;
+            disk.idle++;
+            disk.changed.wait(lock);
+            disk.idle--;
+            continue;
+        }
+        lock.unlock();
+        Failure failure{};
+        const bool whole = read_chunk(call_, *taken.chunk, &failure);
+        lock.lock();
+        put_back(disk, taken);
+        Record& record = *taken.record;
+        record.unfinished--;
+        if (!whole && !std::exchange(record.failed, true)) {
+            record.failure = failure;
+            record.unfinished -= withdraw(record);
+        }
+        if (record.unfinished == 0) {
+            lock.unlock();
+            end_record(record);
+            taken.record.reset();
+            lock.lock();
+        }
+    }
+}
+
+// Without the mutex: nobody else touches the record by now.
+void Reader::end_record(Record& record) {
+    if (!record.failed) record.failed = !unchanged(record.parts, &record.failure);
+    if (!record.failed) {
+        records_.fetch_add(1);
+        bytes_read_.fetch_add(record.nbytes);
+    }
+    record.outcome.settle(record.failed ? ReadState::kFailed : ReadState::kWhole);
+}
+
+void Reader::shut_down() {
+    if (in_fork()) return;
+    const Lock lock(mutex_);
+    closing_ = true;
+    for (auto& [device, disk] : disks_) {
+        for (auto& queue : disk.queues) {
+            const std::deque<Queued> queued = queue;
+            for (const Queued& next : queued) {
+                if (next.record->begun || next.record->outcome.state() != ReadState::kUnderWay) continue;
+                withdraw(*next.record);
+                next.record->outcome.settle(ReadState::kClosed);
+            }
+        }
+        disk.changed.notify_all();
+    }
+}
+
+void Reader::close() {
+    if (in_fork()) return;
+    shut_down();
+    const Lock joining(joining_);
+    for (auto& [device, disk] : disks_) {
+        for (std::thread& thread : disk.threads) {
+            if (thread.joinable()) thread.join();
+        }
+    }
+}
+
+}  // namespace moert

@@ -1,0 +1,162 @@
+// The threads that read records from disk.
+#pragma once
+
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "busy_clock.h"
+#include "record.h"
+
+namespace moert {
+
+// Why a record is read. All of a class goes before any of the next one.
+enum class ReadClass : int { kDemand, kPromotion, kPrefetch };
+constexpr int kReadClasses = 3;
+
+constexpr int kMaxLanes = 256;
+
+struct Record;
+
+// This is a fork of the process that made the reader, the reader is closed, or the system gives no thread.
+class ReaderError : public std::runtime_error {
+  public:
+    using std::runtime_error::runtime_error;
+};
+
+// How many chunks of one disk are read at once, and how many of them may be no demand: a demand that comes now waits
+// for what is in flight, so guesses never fill all the lanes.
+struct Lanes {
+    int all = 0, guesses = 0;
+};
+
+// What a disk did while all its lanes were busy.
+struct Saturation {
+    uint64_t device;
+    int lanes;
+    double nbytes, seconds;
+};
+
+// Reads records in chunks, in the order of their classes and within a class of their submission, so that of many the
+// first is there first. Each disk has its own lanes, a thread each; threads start as they are needed.
+//
+// May be called from any thread. In a fork of its process a reader refuses, and is not to be destroyed.
+class Reader {
+  public:
+    Reader(Lanes lanes, std::shared_ptr<BusyClock> clock, ReadCall call = pread);
+    ~Reader();
+
+    // Returns at once. Until the record is settled its files stay open and its memory belongs to the reader. Throws
+    // ReaderError.
+    std::shared_ptr<Record> submit(std::vector<Part> parts, uint64_t record_bytes, ReadClass kind);
+
+    // Settles a record of which nothing has been begun; false, and no change, for others.
+    bool cancel(const std::shared_ptr<Record>& record);
+
+    // What is still to be begun of the record goes behind the demands; false where that is nothing, or is demanded.
+    bool promote(const std::shared_ptr<Record>& record);
+
+    // For one disk, from now on. What is in flight beyond them ends.
+    void set_lanes(uint64_t device, Lanes lanes);
+
+    // Of each disk that has been saturated for `seconds` and has read `nbytes` in that time, since the last asking or
+    // since its lanes have changed.
+    std::vector<Saturation> saturation(double seconds, double nbytes);
+
+    bool in_fork() const { return getpid() != pid_; }
+    uint64_t records() const { return records_.load(); }
+    uint64_t bytes_read() const { return bytes_read_.load(); }
+
+    // Settles what has not been begun. The threads end once they have read the rest; `close` waits for them.
+    void shut_down();
+    void close();
+
+  private:
+    struct Queued {
+        std::shared_ptr<Record> record;
+        size_t share;
+    };
+
+    struct Disk {
+        uint64_t device = 0;
+        Lanes lanes;
+        int busy = 0, guessing = 0, idle = 0;
+        size_t demands = 0, guesses = 0;  // chunks in the queues
+        std::array<std::deque<Queued>, kReadClasses> queues;
+        std::condition_variable changed;
+        std::vector<std::thread> threads;
+
+        double saturated_s = 0, counted_from_s = 0, saturated_bytes = 0;
+        std::chrono::steady_clock::time_point saturated_since;
+    };
+
+    struct Taken {
+        std::shared_ptr<Record> record;
+        const Chunk* chunk;
+        bool guess;
+        double saturated_s;
+        std::chrono::steady_clock::time_point began;
+    };
+
+    void refuse_fork() const;
+    Disk& disk_of(uint64_t device);
+    static size_t& waiting(Disk& disk, ReadClass kind) {
+        return kind == ReadClass::kDemand ? disk.demands : disk.guesses;
+    }
+    void push(const std::shared_ptr<Record>& record, size_t share);
+    void call_threads(Disk& disk);
+    bool start_thread(Disk& disk);
+    void work(Disk& disk);
+    bool take(Disk& disk, Taken* taken);
+    void put_back(Disk& disk, const Taken& taken);
+    void enter(Disk& disk, int change, std::chrono::steady_clock::time_point now);
+    size_t withdraw(Record& record);
+    void end_record(Record& record);
+
+    const pid_t pid_ = getpid();
+    const ReadCall call_;
+    const Lanes lanes_;
+    const std::shared_ptr<BusyClock> clock_;
+    std::atomic<uint64_t> records_{0}, bytes_read_{0};
+
+    std::mutex joining_;
+    std::mutex mutex_;  // guards all below, and what records say it does
+    std::map<uint64_t, Disk> disks_;
+    bool closing_ = false;
+};
+
+struct Record {
+    // The chunks on one disk.
+    struct Share {
+        uint64_t device;
+        std::vector<Chunk> chunks;
+        size_t begun = 0;
+    };
+
+    std::vector<Part> parts;
+    uint64_t nbytes = 0;
+    std::vector<Share> shares;
+    Outcome outcome;
+
+    // All below, and the number of chunks begun, are guarded by the reader's mutex until the outcome is settled.
+    ReadClass kind = ReadClass::kDemand;
+    size_t unfinished = 0;
+    bool begun = false, failed = false;
+    Failure failure{};
+    std::chrono::steady_clock::time_point began;
+    double seconds = 0;  // from the start of the first chunk to the end of the last
+};
+
+}  // namespace moert

@@ -1,0 +1,241 @@
+"""Python threads that read records: any file, any failure, and whatever is to be done with the bytes."""
+
+from __future__ import annotations
+
+import enum
+import os
+import threading
+import time
+import traceback
+from collections import deque
+
+from moert import _C
+from moert.tiers.read import (
+    Finish,
+    Priority,
+    Read,
+    ReadHandle,
+    cancelled,
+    check_process,
+    closed_before,
+    not_in_time,
+    reader_closed,
+    record_bytes,
+)
+
+
+class _State(enum.Enum):
+    QUEUED = enum.auto()
+    RUNNING = enum.auto()
+    DONE = enum.auto()
+    CANCELLED = enum.auto()
+
+
+class ThreadHandle(ReadHandle):
+    """A record that a Python thread reads."""
+
+    def __init__(self, owner: ThreadReads, reads: tuple[Read, ...], priority: Priority, finish: Finish | None) -> None:
+        self._owner = owner
+        self._reads = reads
+        self._finish = finish
+        self.priority = priority
+        self._state = _State.QUEUED
+        self._over = threading.Event()
+        self._starts: tuple[int, ...] = ()
+        self._error: BaseException | None = None
+        self._read_s = 0.0
+
+    @property
+    def ready(self) -> bool:
+        return self._over.is_set()
+
+    @property
+    def read_s(self) -> float:
+        return self._read_s
+
+    def wait(self, timeout: float | None = None) -> tuple[int, ...]:
+        if not self._over.is_set():
+            self._owner.check_process()
+            if not self._over.wait(timeout):
+                raise not_in_time(record_bytes(self._reads), timeout)
+        if self._error is not None:
+            raise self._error
+        return self._starts
+
+    def cancel(self) -> bool:
+        return self._owner.cancel(self)
+
+    def promote(self) -> None:
+        self._owner.promote(self)
+
+    def _run(self) -> None:
+        whole = False
+        began = time.perf_counter()
+        try:
+            try:
+                self._starts = tuple(read.file.read(read.offset, read.nbytes, read.destination) for read in self._reads)
+                whole = True
+            finally:
+                self._read_s = time.perf_counter() - began
+                self._owner.read_ended(self._reads, whole)
+            if self._finish is not None:
+                self._finish(self._starts)
+        except BaseException as error:
+            _release_frames(error)
+            self._error = error
+        self._settle(_State.DONE)
+
+    def _settle(self, state: _State, error: BaseException | None = None) -> None:
+        self._state = state
+        self._error = self._error or error
+        # A settled handle may be kept for long; the buffers and what `finish` holds must not be.
+        self._reads = ()
+        self._finish = None
+        self._over.set()
+
+
+def _release_frames(error: BaseException) -> None:
+    """Empty the frames of an error and of those that led to it: it may be kept for long, and they hold the buffers."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+
+
+class ThreadReads:
+    """Queues, threads and counters. Threads hold this, never the reader itself, so that a forgotten reader is collected
+    and then shuts its threads down."""
+
+    def __init__(self, depth: int, prefetch_depth: int, clock: object) -> None:
+        """`clock` is a `_C.busy_clock`, which runs while anything is read."""
+        self.depth = depth
+        self.prefetch_depth = prefetch_depth
+        self.closed = False
+        self.records = 0
+        self.bytes_read = 0
+        self._clock = clock
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        self._queues: dict[Priority, deque[ThreadHandle]] = {priority: deque() for priority in Priority}
+        self._guesses = 0
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+
+    def check_process(self) -> None:
+        check_process(self._pid)
+
+    def submit(self, reads: tuple[Read, ...], priority: Priority, finish: Finish | None) -> ThreadHandle:
+        """Queue a record.
+
+        Raises:
+            MoertError: closed, or in a forked child.
+        """
+        handle = ThreadHandle(self, reads, priority, finish)
+        self.check_process()
+        with self._changed:
+            if self.closed:
+                raise reader_closed()
+            queued = sum(len(queue) for queue in self._queues.values())
+            if self._idle <= queued and len(self._threads) < self.depth:
+                # Daemon only so that the interpreter's exit gets as far as the reader's exit handler, which joins them.
+                thread = threading.Thread(target=self._work, name=f"moert-read-{len(self._threads)}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+            self._queues[handle.priority].append(handle)
+            self._changed.notify()
+        return handle
+
+    def read_here(self, reads: tuple[Read, ...]) -> ThreadHandle:
+        """Read a record on the calling thread, beside the queues. Blocks; the handle says how it went."""
+        handle = ThreadHandle(self, reads, Priority.DEMAND, None)
+        handle._state = _State.RUNNING
+        _C.busy_enter(self._clock)
+        handle._run()
+        return handle
+
+    def cancel(self, handle: ThreadHandle) -> bool:
+        with self._changed:
+            if handle._state is not _State.QUEUED:
+                return False
+            self._queues[handle.priority].remove(handle)
+            handle._settle(_State.CANCELLED, cancelled())
+            return True
+
+    def promote(self, handle: ThreadHandle) -> None:
+        with self._changed:
+            if handle._state is _State.QUEUED and handle.priority is not Priority.DEMAND:
+                self._queues[handle.priority].remove(handle)
+                handle.priority = Priority.DEMAND
+                self._queues[Priority.DEMAND].append(handle)
+                self._changed.notify()
+
+    def read_ended(self, reads: tuple[Read, ...], whole: bool) -> None:
+        with self._changed:
+            _C.busy_leave(self._clock)
+            if whole:
+                self.records += 1
+                self.bytes_read += record_bytes(reads)
+
+    def shut_down(self) -> None:
+        """Fail what is queued and tell the threads to end after what they are reading. Does not wait."""
+        if os.getpid() != self._pid:
+            return
+        with self._changed:
+            self.closed = True
+            abandoned = [handle for queue in self._queues.values() for handle in queue]
+            for queue in self._queues.values():
+                queue.clear()
+            for handle in abandoned:
+                handle._settle(_State.CANCELLED, closed_before())
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        self.shut_down()
+        for thread in self._threads:
+            # A `finish` may be what closes the reader.
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _work(self) -> None:
+        while self._run_next():
+            pass
+
+    def _run_next(self) -> bool:
+        # A function of its own: an idle worker's frame must not keep the last record's buffers alive.
+        handle = self._take()
+        if handle is None:
+            return False
+        guess = handle.priority is not Priority.DEMAND
+        handle._run()
+        if guess:
+            with self._changed:
+                self._guesses -= 1
+                self._changed.notify()
+        return True
+
+    def _take(self) -> ThreadHandle | None:
+        """The next record to read, waiting for one; None once closed."""
+        with self._changed:
+            self._idle += 1
+            try:
+                while not self.closed:
+                    handle = self._next_handle()
+                    if handle is not None:
+                        handle._state = _State.RUNNING
+                        _C.busy_enter(self._clock)
+                        return handle
+                    self._changed.wait()
+            finally:
+                self._idle -= 1
+        return None
+
+    def _next_handle(self) -> ThreadHandle | None:
+        if self._queues[Priority.DEMAND]:
+            return self._queues[Priority.DEMAND].popleft()
+        # A demand that comes now waits for what is in flight, so guesses never fill all the lanes.
+        if self._guesses < self.prefetch_depth:
+            for priority in (Priority.PROMOTION, Priority.PREFETCH):
+                if self._queues[priority]:
+                    self._guesses += 1
+                    return self._queues[priority].popleft()
+        return None
