@@ -32,6 +32,7 @@ def replay(policy: Policy, capacity: int, trace: Sequence[Event]) -> list[int]:
         misses.append(len(split.misses))
         for expert in split.misses:
             admission = residency.admit(expert)
+            residency.arrive(expert)
             assert admission is not None
             assert admission.victim not in experts
         for expert in experts:
