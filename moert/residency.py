@@ -123,10 +123,10 @@ class Residency:
             victim = self.policy.victim(self._locked)
             assert victim in self._slot_of and victim not in self._locked, f"{self.policy} evicts {victim}"
             self._remove(victim)
-        slot = self._free.pop()
-        self._slot_of[expert] = slot
-        self._locked.add(expert)
+        # In this order: wherever an interrupt comes, what is in the table and not arriving is resident; see `recover`.
         self._arriving.add(expert)
+        self._locked.add(expert)
+        slot = self._slot_of[expert] = self._free.pop()
         self.policy.admit(expert)
         return Admission(slot, victim)
 
@@ -142,9 +142,9 @@ class Residency:
 
     def abandon(self, expert: ExpertId) -> None:
         """`expert`'s record did not arrive whole: its slot is free again."""
-        self._arriving.remove(expert)
-        self._locked.remove(expert)
         self._remove(expert)
+        self._locked.remove(expert)
+        self._arriving.remove(expert)
 
     def end(self) -> None:
         """The step is over, computed or not: nothing is locked any more but what is arriving."""
@@ -180,6 +180,22 @@ class Residency:
         self._free = free
         self.capacity = self.policy.capacity = capacity
         return Resize(tuple(sorted(victims)), tuple(moves))
+
+    def recover(self, capacity: int, *, keep: bool) -> None:
+        """Put the table in order after a step, or a `resize`, that was cut short anywhere; nothing is read any more.
+
+        What was arriving has lost its slot. Residents stay if `keep`, which they cannot where a resize was cut short:
+        their bytes may be anywhere. The policy starts anew.
+        """
+        kept = {expert: slot for expert, slot in self._slot_of.items() if keep and expert not in self._arriving}
+        self._slot_of = kept
+        self._locked, self._arriving, self._event = set(), set(), frozenset()
+        held = set(kept.values())
+        self._free = [slot for slot in range(capacity - 1, -1, -1) if slot not in held]
+        self.capacity = capacity
+        self.policy = type(self.policy)(capacity)
+        for expert in sorted(kept):
+            self.policy.admit(expert)
 
     def drop(self, expert: ExpertId) -> None:
         """`expert` is resident no longer, between steps: its bytes are lost."""

@@ -119,6 +119,13 @@ class HostTier:
             self._count()
             self.arena.decommit(offset, end - offset)
 
+    def recover(self) -> None:
+        """After a `grow` or `shrink` that was cut short: give back what is behind each bank's slots."""
+        for bank in self.banks:
+            begin, end = bank.n_slots * bank.slot_bytes, bank.max_slots * bank.slot_bytes
+            self.arena.decommit(bank.offset + begin, end - begin)
+        self._count()
+
     def _count(self) -> None:
         self.slots_bytes = sum(bank.n_slots * bank.slot_bytes for bank in self.banks)
         """Bytes of all slots in use, without staging buffers."""

@@ -118,7 +118,7 @@ class LayerCache(ABC):
             self.stats.resident_bytes -= self.spec.expert_bytes
         try:
             return self._submit(expert.expert, admission.slot, priority)
-        except BaseException:
+        except Exception:
             self.residency.abandon(expert)
             raise
 
@@ -131,6 +131,8 @@ class LayerCache(ABC):
         try:
             fetch.handle.wait()
         except Exception:
+            if not fetch.handle.ready:
+                raise  # a signal's handler raised it, and the record may still be read into its slot
             fetch.finish()
             self.residency.abandon(expert)
             raise
@@ -139,6 +141,11 @@ class LayerCache(ABC):
         self.stats.bytes_read += fetch.read_bytes
         self.stats.read_s += fetch.handle.read_s
         self.stats.resident_bytes += self.spec.expert_bytes
+
+    def recover(self, *, keep: bool) -> None:
+        """Put the books in order after something that was cut short; see `Residency.recover`."""
+        self.residency.recover(self.residency.capacity, keep=keep)
+        self.stats.resident_bytes = len(self.residency) * self.spec.expert_bytes
 
 
 class ParameterLayer(LayerCache):
@@ -277,6 +284,18 @@ class SlotLayer(LayerCache):
             del self._slots[n_slots:]
         self._take_slots()
         return change
+
+    def recover_slots(self, reader: DiskReader, *, keep: bool) -> None:
+        """As `recover`, with as many slots as the bank has now, and another reader from now on."""
+        self._reader = reader
+        if not keep:
+            self.residency.capacity = self._bank.n_slots
+        self.recover(keep=keep)
+        self._slots = []
+        self._take_slots()
+        for expert in self.residency.residents:
+            layout = self._source.record(self.spec.index, expert.expert).layout
+            self._slot_of(expert.expert).lay_out(layout)
 
     def _take_slots(self) -> None:
         """Views of the residency's slots that have none yet."""

@@ -126,11 +126,10 @@ class Pipeline:
         for expert in experts:
             transfer, layer = self._in_flight[expert], self._layers[expert.layer]
             try:
-                # An interrupt leaves it in flight, for the record may still be read into its slot; one that came just
-                # after it had arrived left it in this table only.
-                if expert in layer.residency.arriving:
-                    layer.arrive(expert, transfer.fetch)
+                layer.arrive(expert, transfer.fetch)
             except Exception:
+                if not transfer.fetch.handle.ready:
+                    raise  # a signal's handler raised it, and the record may still be read into its slot
                 self._forget(expert)
                 if transfer.priority is Priority.DEMAND:
                     raise
@@ -162,6 +161,13 @@ class Pipeline:
         self.withdraw([*(expert for queue in self._queues.values() for expert in queue), *self._in_flight])
         while self._in_flight:
             self._settle([next(iter(self._in_flight))])
+
+    def recover(self) -> None:
+        """Forget every transfer; nothing is read any more, and the layers have recovered."""
+        for queue in self._queues.values():
+            queue.clear()
+        self._in_flight.clear()
+        self.bytes_in_flight = 0
 
     def check_integrity(self) -> None:
         """Assert that each expert has one transfer, and that it has a slot exactly while that is in flight."""

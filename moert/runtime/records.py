@@ -101,7 +101,8 @@ class Record:
     sources: tuple[Source, ...] | None
     """None for a direct record."""
     check: Check | None = None
-    """What to do with the bytes before they are used; None: nothing."""
+    """What to do with the bytes before they are used. None: nothing, and if the disk returns other bytes than were
+    written, without an error, nobody notices: a checkpoint has no checksums, only a pack does."""
 
     @property
     def is_direct(self) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -36,6 +38,34 @@ MAX_BYTES_IN_FLIGHT = 1 << 30
 """Of a few huge experts it is not worth reading many at once."""
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _whole(
+    method: Callable[Concatenate[OffloadRuntime, P], R],
+) -> Callable[Concatenate[OffloadRuntime, P], R]:
+    """One use of the runtime, while there is no other. One that was cut short by an interrupt, wherever that came, is
+    noticed by the next one, which puts everything in order first."""
+
+    @functools.wraps(method)
+    def run(self: OffloadRuntime, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            self._check_open()
+            if self._torn:
+                self._recover()
+            self._torn = True
+            try:
+                result = method(self, *args, **kwargs)
+            except MoertError:
+                self._torn = False
+                raise
+            self._torn = False
+            return result
+
+    return run
+
+
 class OffloadRuntime:
     """The experts of one model. Owns its memory, threads and files until `close`; one step runs at a time."""
 
@@ -47,6 +77,7 @@ class OffloadRuntime:
         tier: HostTier | None = None,
         reader: DiskReader | None = None,
         source: RecordSource | None = None,
+        staging: StagingPool | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.config = config
@@ -56,9 +87,13 @@ class OffloadRuntime:
         self._shrinks = 0
         self._reader = reader
         self._source = source
+        self._staging = staging
         self._scratch = Scratch()
         self._lock = threading.Lock()
         self._closed: str | None = None
+        self._torn = False
+        self._resizing = False
+        self._read_s_before = 0.0
         self._read_s_at_reset = 0.0
 
     @classmethod
@@ -112,7 +147,7 @@ class OffloadRuntime:
                 for spec, bank, n in zip(specs, tier.banks, slots, strict=True)
             ]
             fits = all(n == spec.num_experts for n, spec in zip(slots, specs, strict=True))
-            runtime = cls(layers, config, tier=tier, reader=reader, source=source)
+            runtime = cls(layers, config, tier=tier, reader=reader, source=source, staging=staging)
             if config.preload if config.preload is not None else fits:
                 preload(layers, runtime.pipeline, progress)
             return runtime
@@ -146,6 +181,7 @@ class OffloadRuntime:
             for spec in specs
         ]
 
+    @_whole
     def run(
         self,
         layer: int,
@@ -159,21 +195,20 @@ class OffloadRuntime:
         Raises:
             MoertError: the runtime has been closed.
         """
-        with self._lock:
-            self._check_open()
-            if self._watch is not None:
-                self._relieve()
-            return run_step(
-                self.layers[layer],
-                compute,
-                hidden,
-                top_k_index,
-                top_k_weights,
-                pipeline=self.pipeline,
-                scratch=self._scratch,
-                check=self.config.debug,
-            )
+        if self._watch is not None:
+            self._relieve()
+        return run_step(
+            self.layers[layer],
+            compute,
+            hidden,
+            top_k_index,
+            top_k_weights,
+            pipeline=self.pipeline,
+            scratch=self._scratch,
+            check=self.config.debug,
+        )
 
+    @_whole
     def prefetch(self, experts: Sequence[ExpertId], priority: Priority = Priority.PREFETCH) -> None:
         """Bring experts up that may be needed soon, the first one first, when no step waits for others. Returns at
         once; a step that needs one of them waits for the rest of its read only.
@@ -181,29 +216,35 @@ class OffloadRuntime:
         Raises:
             MoertError: the runtime has been closed.
         """
-        with self._lock:
-            self._check_open()
-            self.pipeline.prefetch(experts, priority)
-            self.pipeline.pump()
+        self.pipeline.prefetch(experts, priority)
+        self.pipeline.pump()
 
+    @_whole
+    def withdraw(self, experts: Iterable[ExpertId]) -> None:
+        """These experts are not expected any more: a prefetch whose read has not started is cancelled. Returns at once.
+
+        Raises:
+            MoertError: the runtime has been closed.
+        """
+        self.pipeline.withdraw(experts)
+
+    @_whole
     def weights(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """A copy of one expert's tensors as its module has them, wherever they are; blocks while they are read.
 
         New memory is the caller's.
         """
-        with self._lock:
-            self._check_open()
-            cache = self.layers[layer]
-            identity = ExpertId(layer, expert)
-            try:
-                self.pipeline.demand(cache.residency.begin([identity]).misses)
-                while identity not in cache.residency:
-                    self.pipeline.pump()
-                    self.pipeline.wait()
-                return {name: tensor.clone() for name, tensor in cache.own_weights(expert).items()}
-            finally:
-                self.pipeline.withdraw([identity])
-                cache.residency.end()
+        cache = self.layers[layer]
+        identity = ExpertId(layer, expert)
+        try:
+            self.pipeline.demand(cache.residency.begin([identity]).misses)
+            while identity not in cache.residency:
+                self.pipeline.pump()
+                self.pipeline.wait()
+            return {name: tensor.clone() for name, tensor in cache.own_weights(expert).items()}
+        finally:
+            self.pipeline.withdraw([identity])
+            cache.residency.end()
 
     def stats(self) -> Stats:
         """A snapshot of the counts."""
@@ -229,26 +270,31 @@ class OffloadRuntime:
         self._read_s_at_reset = self._read_s()
         self._shrinks = 0
 
+    @_whole
     def resize(self, budget: Budget | None) -> Resized:
         """Give the host tier another size, between two steps; see `moert.resize`."""
-        with self._lock:
-            self._check_open()
-            tier = self._tier
-            if tier is None:
-                raise MoertError(
-                    "this model's experts are all in its own parameters, where moert.patch left them, so there are no "
-                    "slots to resize; unpatch it and patch it with a smaller host_memory"
-                )
-            report = memory_report()
-            slots = plan_slots(
-                tier.needs, budget or default_budget(tier.needs, report.available_bytes + tier.slots_bytes)
+        tier = self._tier
+        if tier is None:
+            raise MoertError(
+                "this model's experts are all in its own parameters, where moert.patch left them, so there are no "
+                "slots to resize; unpatch it and patch it with a smaller host_memory"
             )
-            if self._watch is not None:
-                tier.check_room(slots, report)
-            return self._resize(tier, slots)
+        report = memory_report()
+        slots = plan_slots(tier.needs, budget or default_budget(tier.needs, report.available_bytes + tier.slots_bytes))
+        if self._watch is not None:
+            tier.check_room(slots, report)
+        return self._resize(tier, slots)
 
     def _resize(self, tier: HostTier, slots: Sequence[int]) -> Resized:
         self.pipeline.drain()
+        self._resizing = True
+        try:
+            return self._resize_drained(tier, slots)
+        except MoertError:
+            self._resizing = False
+            raise
+
+    def _resize_drained(self, tier: HostTier, slots: Sequence[int]) -> Resized:
         before, bytes_before = tier.slots, self._slot_bytes()
         tier.grow(slots)
         evicted = moved = 0
@@ -261,7 +307,30 @@ class OffloadRuntime:
             tier.shrink(index, n)
             if self.config.debug:
                 layer.residency.check_integrity()
+        self._resizing = False
         return Resized(tier.slots, before, self._slot_bytes(), bytes_before, evicted, moved)
+
+    def _recover(self) -> None:
+        """Go on after an interrupt that came nobody knows where: what is surely whole stays resident.
+
+        Blocks until no read is under way: a slot whose transfer was lost may still be written.
+        """
+        if self._reader is not None:
+            self._reader.close()
+            self._read_s_before += self._reader.totals().read_s
+            self._reader = DiskReader(depth=self.config.io_depth)
+        if self._tier is not None and self._resizing:
+            self._tier.recover()
+        if self._staging is not None:
+            self._staging.recover()
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer):
+                assert self._reader is not None
+                layer.recover_slots(self._reader, keep=not self._resizing)
+            else:
+                layer.recover(keep=True)
+        self.pipeline.recover()
+        self._resizing = False
 
     def _relieve(self) -> None:
         """Give memory back if it has run short."""
@@ -281,7 +350,7 @@ class OffloadRuntime:
         return self._tier.arena.committed_bytes if self._tier is not None else 0
 
     def _read_s(self) -> float:
-        return self._reader.totals().read_s if self._reader is not None else 0.0
+        return self._read_s_before + (self._reader.totals().read_s if self._reader is not None else 0.0)
 
     def _check_open(self) -> None:
         if self._closed is not None:
@@ -296,9 +365,8 @@ class OffloadRuntime:
     def close(self, why: str = "this model's experts were closed; load or patch the model again") -> None:
         """Stop the threads, close the files and free the memory; waits for reads in flight. Idempotent."""
         with self._lock:
-            if self._closed is not None:
-                return
-            self._closed = why
+            # All of it again if it has been closed before: that may have been interrupted.
+            self._closed = self._closed or why
             if self._reader is not None:
                 self._reader.close()
             for layer in self.layers:

@@ -43,6 +43,11 @@ class StagingPool:
         memory = self._bank.slot(index)
         return StagingBuffer(self, index, memory, torch.frombuffer(memory, dtype=torch.uint8))
 
+    def recover(self) -> None:
+        """Take back every buffer; nothing uses them any more."""
+        with self._lock:
+            self._free = list(range(self._bank.n_slots))
+
     def _give_back(self, index: int) -> None:
         with self._lock:
             assert index not in self._free, f"staging buffer {index} was given back twice"
