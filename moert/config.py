@@ -90,7 +90,8 @@ class OffloadConfig:
     device_memory: int | float | str | None = None
     """Bytes of device memory for experts; needs a CUDA device. None: no device tier."""
     policy: str = "lru"
-    """Which resident expert leaves: the name of a file in `moert/policies`, or "package.module:Class"."""
+    """Which resident expert leaves: the name of a file in `moert/policies`, or "package.module:Class". Parameters
+    follow: "ema,alpha=0.05"."""
     io_depth: int | None = None
     """Reads in flight at once, of each disk. None: starts with 4 and goes where the disk gains, measured in use."""
     direct_io: bool = True

@@ -1,4 +1,8 @@
-"""Finding plug-ins: a plug-in's name is its file's name, or `"package.module:Class"` for code outside the tree."""
+"""Finding plug-ins, and reading how they are chosen.
+
+A plug-in's name is its file's name, or `"package.module:Class"` for code outside the tree; parameters of its
+constructor may follow: `NAME,PARAMETER=VALUE,...`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,9 @@ from typing import TypeVar
 from moert.errors import ConfigError
 
 T = TypeVar("T")
+
+Value = bool | int | float | str
+"""What a parameter that is chosen by name may be."""
 
 
 def available(package: str) -> list[str]:
@@ -53,3 +60,50 @@ def load_plugin(package: str, name: str, base: type[T]) -> type[T]:
     if len(classes) != 1:
         raise ConfigError(f"{module.__name__} must define exactly one {base.__name__}, it defines {len(classes)}")
     return classes[0]
+
+
+def read_choice(package: str, text: str, base: type[T]) -> tuple[str, dict[str, Value]]:
+    """The name in `NAME,PARAMETER=VALUE,...` and every parameter: those given, and the defaults of the others.
+
+    Raises:
+        ConfigError: an unknown plug-in or parameter, or a value that is no such number or truth value.
+    """
+    kind = base.__name__.lower()
+    name, *rest = (part.strip() for part in text.split(","))
+    defaults = _parameters(load_plugin(package, name, base))
+    given = dict(defaults)
+    for part in rest:
+        key, equals, value = (word.strip() for word in part.partition("="))
+        if not equals or key not in defaults:
+            known = ", ".join(f"{name}={write_value(value)}" for name, value in defaults.items()) or "none"
+            raise ConfigError(f"{kind} {text!r}: {part!r} is no parameter of {name}; its parameters are: {known}")
+        given[key] = _read(value, defaults[key], f"{kind} {text!r}: {key}")
+    return name, given
+
+
+def write_value(value: Value) -> str:
+    """`value` as `read_choice` reads it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _parameters(cls: type[object]) -> dict[str, Value]:
+    """The constructor's parameters that have a default which can be written, and that default."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(cls).parameters.values()
+        if parameter.kind in named and isinstance(parameter.default, (bool, int, float, str))
+    }
+
+
+def _read(text: str, default: Value, what: str) -> Value:
+    """`text` as a value of the type of `default`."""
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{what}={text!r} must be true or false")
+        return text.lower() == "true"
+    try:
+        return type(default)(text)
+    except ValueError:
+        kind = "a whole number" if isinstance(default, int) else "a number"
+        raise ConfigError(f"{what}={text!r} must be {kind}") from None

@@ -109,6 +109,15 @@ class Residency:
         """Whether `admit` would give a slot now."""
         return bool(self._free) or len(self._locked) < len(self._slot_of)
 
+    def wants(self, expert: ExpertId) -> bool:
+        """Whether `expert`, which has no slot, is worth one: a free one, or that of who would leave for it.
+
+        For whoever can compute it without a slot. False too where `admit` would give None.
+        """
+        if self._free:
+            return True
+        return len(self._locked) < len(self._slot_of) and self.policy.wants(expert, self._locked)
+
     def admit(self, expert: ExpertId) -> Admission | None:
         """Give `expert` a slot, locked until it has arrived; its record may be written there from now on.
 
@@ -120,7 +129,7 @@ class Residency:
         if not self._free:
             if len(self._locked) == len(self._slot_of):
                 return None
-            victim = self.policy.victim(self._locked)
+            victim = self.policy.victim_for(expert, self._locked)
             assert victim in self._slot_of and victim not in self._locked, f"{self.policy} evicts {victim}"
             self._remove(victim)
         # In this order: wherever an interrupt comes, what is in the table and not arriving is resident; see `recover`.
@@ -193,7 +202,7 @@ class Residency:
         held = set(kept.values())
         self._free = [slot for slot in range(capacity - 1, -1, -1) if slot not in held]
         self.capacity = capacity
-        self.policy = type(self.policy)(capacity)
+        self.policy = self.policy.fresh(capacity)
         for expert in sorted(kept):
             self.policy.admit(expert)
 

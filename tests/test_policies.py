@@ -1,92 +1,86 @@
-"""The contract of every policy there is, and the order of each."""
+"""The contract of every policy there is: these tests are the same for a new file in the folder."""
 
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
-from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_reference import fewest_misses, fewest_misses_with_bypass
+from policy_support import Watched, make, replay, replay_with_bypass, traces
 
-from moert.errors import ConfigError
 from moert.policies import Policy, make_policy, policy_names
 from moert.residency import Residency
 from moert.types import ExpertId
 
-Event = Sequence[int]
+each_policy = pytest.mark.parametrize("name", policy_names())
+each_live_policy = pytest.mark.parametrize("name", policy_names(live_only=True))
+quick = settings(max_examples=40, deadline=None)
 
-events = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=3, unique=True).map(sorted), max_size=12)
-
-
-def replay(policy: Policy, capacity: int, trace: Sequence[Event]) -> list[int]:
-    """Misses of each event."""
-    residency = Residency(capacity, policy)
-    misses = []
-    for event in trace:
-        experts = [ExpertId(0, expert) for expert in event]
-        split = residency.begin(experts)
-        misses.append(len(split.misses))
-        for expert in split.misses:
-            admission = residency.admit(expert)
-            residency.arrive(expert)
-            assert admission is not None
-            assert admission.victim not in experts
-        for expert in experts:
-            residency.release(expert)
-        residency.end()
-        residency.check_integrity()
-    return misses
+Trace = list[list[ExpertId]]
 
 
-def fewest_misses(trace: Sequence[Event], capacity: int) -> int:
-    """The least number of misses of any policy that admits every miss, by trying all of them."""
-
-    @cache
-    def best(step: int, resident: frozenset[int]) -> int:
-        if step == len(trace):
-            return 0
-        event = frozenset(trace[step])
-        missing = event - resident
-        others = sorted(resident - event)
-        room = capacity - len(event | resident)
-        n_evicted = max(0, -room)
-        return len(missing) + min(
-            best(step + 1, (resident | event) - frozenset(evicted))
-            for evicted in itertools.combinations(others, n_evicted)
-        )
-
-    return best(0, frozenset())
+def ints(trace: Trace) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(1000 * layer + expert for layer, expert in event) for event in trace)
 
 
 def test_every_file_is_a_policy() -> None:
     files = {path.stem for path in (Path(__file__).parent.parent / "moert" / "policies").glob("*.py")}
-    assert set(policy_names()) == files - {"__init__", "base"}
-    assert "lru" in policy_names()
+    assert set(policy_names()) == {name for name in files if not name.startswith("_")} - {"base"}
+    assert {"lru", "belady", "min_bypass"} <= set(policy_names())
+    assert set(policy_names()) - set(policy_names(live_only=True)) == {"belady", "min_bypass"}
 
 
-@pytest.mark.parametrize("name", policy_names())
-@given(trace=events, capacity=st.integers(3, 6))
-def test_policy_keeps_the_contract_and_never_beats_the_bound(name: str, trace: list[Event], capacity: int) -> None:
-    misses = replay(make_policy(name, capacity), capacity, trace)
-    assert sum(misses) >= fewest_misses(tuple(map(tuple, trace)), capacity)
-    assert len(misses) == len(trace)
+@each_policy
+@quick
+@given(trace=traces(), capacity=st.integers(3, 6))
+def test_policy_keeps_the_contract_and_never_beats_the_bound(name: str, trace: Trace, capacity: int) -> None:
+    misses = sum(replay(make(name, capacity, trace), capacity, trace))
+    assert misses >= fewest_misses(ints(trace), capacity)
+    assert misses >= sum(replay(make("belady", capacity, trace), capacity, trace))
 
 
-@pytest.mark.parametrize("name", policy_names())
-@given(trace=events)
-def test_policy_misses_each_expert_once_where_all_fit(name: str, trace: list[Event]) -> None:
+@each_policy
+@quick
+@given(trace=traces(n_experts=5, steps=60, layers=3), capacity=st.integers(3, 9))
+def test_policy_of_several_layers_never_beats_min(name: str, trace: Trace, capacity: int) -> None:
+    misses = sum(replay(make(name, capacity, trace), capacity, trace))
+    assert misses >= sum(replay(make("belady", capacity, trace), capacity, trace))
+
+
+@each_policy
+@quick
+@given(trace=traces(steps=9), capacity=st.integers(1, 5))
+def test_policy_with_bypass_never_beats_that_bound(name: str, trace: Trace, capacity: int) -> None:
+    misses = sum(replay_with_bypass(make(name, capacity, trace), capacity, trace))
+    assert misses >= fewest_misses_with_bypass(ints(trace), capacity)
+
+
+@each_policy
+@quick
+@given(trace=traces())
+def test_policy_misses_each_expert_once_where_all_fit(name: str, trace: Trace) -> None:
     distinct = {expert for event in trace for expert in event}
-    assert sum(replay(make_policy(name, 7), 7, trace)) == len(distinct)
+    assert sum(replay(make(name, 7, trace), 7, trace)) == len(distinct)
 
 
-@pytest.mark.parametrize("name", policy_names())
-def test_victim_is_no_locked_one_and_asking_changes_nothing(name: str) -> None:
-    policy = make_policy(name, 3)
+@each_policy
+@quick
+@given(trace=traces(n_experts=6, steps=40, layers=2), capacity=st.integers(3, 7))
+def test_the_same_events_have_the_same_victims_however_often_they_are_asked_for(
+    name: str, trace: Trace, capacity: int
+) -> None:
+    first, second = (Watched(make(name, capacity, trace), ask_often=often) for often in (False, True))
+    assert replay(first, capacity, trace) == replay(second, capacity, trace)
+    assert first.evicted == second.evicted
+
+
+@each_policy
+def test_victim_is_none_that_is_locked(name: str) -> None:
     experts = [ExpertId(0, expert) for expert in range(3)]
+    policy = make(name, 3, [[expert] for expert in experts])
     for expert in experts:
         policy.access([expert])
         policy.admit(expert)
@@ -97,37 +91,128 @@ def test_victim_is_no_locked_one_and_asking_changes_nothing(name: str) -> None:
         assert policy.victim(set(locked)) == first
 
 
-@given(trace=events, capacity=st.integers(3, 6))
-def test_lru_is_an_ordered_dictionary(trace: list[Event], capacity: int) -> None:
-    order: OrderedDict[int, None] = OrderedDict()
-    expected = []
+class Driver:
+    """Does to a cache what a live run may do: failed reads, prefetches, events that do not fit, other capacities."""
+
+    def __init__(self, policy: Policy, capacity: int, data: st.DataObject) -> None:
+        self.residency = Residency(capacity, policy)
+        self.data = data
+
+    def step(self, event: list[ExpertId]) -> None:
+        residency = self.residency
+        waiting = list(residency.begin(event).misses)
+        ready = [expert for expert in event if expert not in waiting]
+        reading = [expert for expert in waiting if expert in residency.arriving]
+        waiting = [expert for expert in waiting if expert not in reading]
+        while waiting or reading or ready:
+            if waiting and residency.can_admit():
+                residency.wants(waiting[0])
+                admission = residency.admit(waiting[0])
+                assert admission is not None
+                assert admission.victim not in ready
+                reading.append(waiting.pop(0))
+            elif reading and self.data.draw(st.booleans(), label="settle"):
+                ready += self.settle(reading.pop(0), waiting)
+            elif ready:
+                residency.release(ready.pop(0))
+            elif reading:
+                ready += self.settle(reading.pop(0), waiting)
+            else:
+                break
+        for expert in reading:
+            residency.abandon(expert)
+        residency.end()
+        residency.check_integrity()
+
+    def settle(self, expert: ExpertId, waiting: list[ExpertId]) -> list[ExpertId]:
+        if self.data.draw(st.integers(0, 5), label="fails") == 0:
+            self.residency.abandon(expert)
+            return []
+        self.residency.arrive(expert)
+        return [expert]
+
+    def prefetch(self, expert: ExpertId) -> None:
+        if self.residency.slot_of(expert) is None and self.residency.can_admit():
+            self.residency.admit(expert)
+            if self.data.draw(st.booleans(), label="arrives"):
+                self.residency.arrive(expert)
+            else:
+                self.residency.abandon(expert)
+
+    def resize(self, capacity: int) -> None:
+        before = set(self.residency.residents)
+        change = self.residency.resize(capacity)
+        assert set(self.residency.residents) == before - set(change.victims)
+        assert len(change.victims) == max(0, len(before) - capacity)
+        self.residency.check_integrity()
+
+    def drop(self) -> None:
+        if self.residency.residents:
+            self.residency.drop(self.data.draw(st.sampled_from(self.residency.residents), label="lost"))
+
+
+@each_live_policy
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), capacity=st.integers(1, 6))
+def test_policy_lives_through_what_a_live_run_does(name: str, data: st.DataObject, capacity: int) -> None:
+    policy = make_policy(name, capacity)
+    driver = Driver(policy, capacity, data)
+    experts = st.builds(ExpertId, st.just(0), st.integers(0, 7))
+    for _ in range(data.draw(st.integers(1, 25), label="steps")):
+        kind = data.draw(st.sampled_from(["step", "step", "step", "prefetch", "resize", "drop", "sequence"]))
+        if kind == "step":
+            if data.draw(st.booleans(), label="scores known"):
+                policy.observe_scores(0, data.draw(st.lists(st.floats(0, 1), min_size=8, max_size=8)))
+            driver.step(sorted(data.draw(st.sets(experts, min_size=1, max_size=5))))
+        elif kind == "prefetch":
+            driver.prefetch(data.draw(experts))
+        elif kind == "resize":
+            driver.resize(data.draw(st.integers(1, 8)))
+        elif kind == "drop":
+            driver.drop()
+        else:
+            policy.begin_sequence()
+    # It still is a cache, and still knows all of its residents.
+    left = set(driver.residency.residents)
+    locked: set[ExpertId] = set()
+    while left - locked:
+        victim = policy.victim(locked)
+        assert victim in left - locked
+        locked.add(victim)
+
+
+@each_policy
+@quick
+@given(trace=traces(n_experts=6, steps=30), budget=st.integers(9, 30))
+def test_policy_keeps_a_budget_of_bytes(name: str, trace: Trace, budget: int) -> None:
+    def size(expert: ExpertId) -> int:
+        return 1 + expert.expert % 3
+
+    policy = make(name, budget, trace, size)
+    resident: set[ExpertId] = set()
     for event in trace:
-        expected.append(sum(expert not in order for expert in event))
+        policy.access(event)
         for expert in event:
-            if expert in order:
-                order.move_to_end(expert)
-        for expert in event:
-            if expert not in order:
-                while len(order) >= capacity:
-                    del order[next(old for old in order if old not in event)]
-                order[expert] = None
-    assert replay(make_policy("lru", capacity), capacity, trace) == expected
+            if expert in resident:
+                continue
+            while sum(map(size, resident)) + size(expert) > budget:
+                victim = policy.victim_for(expert, set(event))
+                assert victim in resident - set(event)
+                policy.evict(victim)
+                resident.remove(victim)
+            policy.admit(expert)
+            resident.add(expert)
 
 
-def test_unknown_policy_is_refused_with_the_list() -> None:
-    with pytest.raises(ConfigError, match=r"no policy named 'clock'; there are .*lru"):
-        make_policy("clock", 4)
-
-
-def test_policy_from_outside_the_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_policies.py").write_text(
-        "from moert.policies.lru import LRU\nclass Mine(LRU):\n    pass\nNotOne = dict\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    assert type(make_policy("my_policies:Mine", 4)).__name__ == "Mine"
-    with pytest.raises(ConfigError, match="not a subclass"):
-        make_policy("my_policies:NotOne", 4)
-    with pytest.raises(ConfigError, match="cannot be imported"):
-        make_policy("my_policies:Absent", 4)
-    with pytest.raises(ConfigError, match="cannot be imported"):
-        make_policy("no_such_module:Mine", 4)
+@each_live_policy
+@quick
+@given(trace=traces(n_experts=6, steps=30))
+def test_a_fresh_one_has_seen_nothing(name: str, trace: Trace) -> None:
+    used = Watched(make_policy(name, 4))
+    again = Watched(used.inner.fresh(4))
+    assert replay(used, 4, trace) == replay(again, 4, trace)
+    later = Watched(used.inner.fresh(4))
+    assert later.inner is not used.inner
+    assert later.inner.parameters == used.inner.parameters
+    replay(later, 4, trace)
+    assert later.evicted == used.evicted

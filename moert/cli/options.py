@@ -107,7 +107,7 @@ def _parameter(name: str, default: Any) -> inspect.Parameter:
     kind, declaration = _type_of(field)
     option = typer.Option(
         declaration,
-        help=_field_help()[name] + (f" One of {', '.join(policy_names())}." if name == "policy" else ""),
+        help=_field_help()[name] + (f" One of {', '.join(policy_names(live_only=True))}." if name == "policy" else ""),
         rich_help_panel=_PANEL,
         metavar={"host_memory": "SIZE", "device_memory": "SIZE", "policy": "NAME", "cache_dir": "FOLDER"}.get(name),
         show_default=field.default is not None or default is not MISSING,

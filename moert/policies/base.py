@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from moert.types import ExpertId
 
@@ -15,15 +16,33 @@ class Policy(ABC):
 
         access(event)                      # every expert of the event, hits and misses, before anything moves
         for each miss:
-            if full: evict(victim(locked)) # never a member of the event that is still to be computed
+            if full: evict(victim_for(miss, locked))  # never a member of the event that is still to be computed
             admit(miss)
+
+    So an expert counts once an event, however many tokens chose it; hits are promoted before any miss is admitted, and
+    both by ascending id. A policy published for single accesses is what it was published as where each event is one
+    expert. Experts are also admitted without an event (prefetched, preloaded), and evicted without having been the
+    victim. One object serves one cache: of one layer, or of several, whose events come in the order in which they run.
 
     Between steps the cache may get another number of slots. Those that have to leave are asked for one by one, each
     with those before it locked, and evicted; then `capacity` changes.
 
     A policy whose rule is a score only has to keep the scores in `access`, `admit` and `evict`, and return the
-    lowest resident in `victim`.
+    lowest resident in `victim`. Constructor parameters after `capacity` whose default is a number, a text or a truth
+    value can be chosen by name, `policy="NAME,PARAMETER=VALUE"`; the constructor raises `ConfigError` for values that
+    make no sense.
     """
+
+    needs_future: ClassVar[bool] = False
+    """Whether `foresee` must be called before the first event. Such a policy is a bound and cannot run live."""
+
+    parameters: Mapping[str, Any] = {}
+    """What the constructor was given besides the capacity, if the policy was made by name."""
+
+    sizes: Callable[[ExpertId], int] | None = None
+    """Bytes of an expert, where they differ; `capacity` is then in bytes too. Set before the first event or never.
+
+    Several victims may then be asked for before one expert is admitted."""
 
     def __init__(self, capacity: int) -> None:
         """A policy for a cache of `capacity` experts, empty."""
@@ -48,3 +67,43 @@ class Policy(ABC):
         Args:
             locked: residents that must stay; membership tests are O(1). At least one resident is not in it.
         """
+
+    def victim_for(self, expert: ExpertId, locked: Collection[ExpertId]) -> ExpertId:
+        """The victim that makes room for `expert`, for policies to which it matters who comes."""
+        return self.victim(locked)
+
+    def wants(self, expert: ExpertId, locked: Collection[ExpertId]) -> bool:
+        """Whether `expert` is worth more than the resident that would leave for it. Asking changes nothing.
+
+        This is advice for whoever can compute a missing expert without a slot, say on the CPU from the tier below, and
+        so may let it pass by. Who cannot admits it all the same, and every policy must take that.
+        """
+        return True
+
+    def observe_scores(self, layer: int, scores: Sequence[float]) -> None:
+        """The router's probabilities in the step whose `access` follows, one for each expert of the layer.
+
+        Averaged over the step's tokens. Called where they are known; a trace may lack them.
+        """
+        return
+
+    def begin_sequence(self) -> None:
+        """The events from here on belong to another sequence, or batch of sequences, than those before.
+
+        Called where that is known; it ends the sequence before. Experts stay resident.
+        """
+        return
+
+    def foresee(self, events: Iterable[Sequence[ExpertId]]) -> None:
+        """Every event to come, in order, before the first one; only called where `needs_future` says so."""
+        return
+
+    def size(self, expert: ExpertId) -> int:
+        """What `expert` takes of `capacity`."""
+        return 1 if self.sizes is None else self.sizes(expert)
+
+    def fresh(self, capacity: int) -> Policy:
+        """A policy like this one that has seen nothing, for another cache."""
+        other = type(self)(capacity, **self.parameters)
+        other.parameters, other.sizes = self.parameters, self.sizes
+        return other

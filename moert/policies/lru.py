@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
+from moert.policies._queue import Queue
 from moert.policies.base import Policy
 from moert.types import ExpertId
 
@@ -12,23 +12,24 @@ from moert.types import ExpertId
 class LRU(Policy):
     """Evicts the resident whose last event is longest ago (Denning, 1968).
 
-    The experts of one event are equally recent; among them the lower id is taken as the older one.
+    The experts of one event are equally recent. Among them hits are taken as older than misses, and of each kind the
+    lower id as the older one.
     """
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._order: OrderedDict[ExpertId, None] = OrderedDict()
+        self._queue = Queue(self.size)
 
     def access(self, event: Sequence[ExpertId]) -> None:
         for expert in event:
-            if expert in self._order:
-                self._order.move_to_end(expert)
+            if expert in self._queue:
+                self._queue.renew(expert)
 
     def admit(self, expert: ExpertId) -> None:
-        self._order[expert] = None
+        self._queue.push(expert)
 
     def evict(self, expert: ExpertId) -> None:
-        del self._order[expert]
+        self._queue.remove(expert)
 
     def victim(self, locked: Collection[ExpertId]) -> ExpertId:
-        return next(expert for expert in self._order if expert not in locked)
+        return self._queue.first(locked)

@@ -1,0 +1,77 @@
+"""Policies that evict the expert with the least decayed sum of something."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from moert.policies._ranking import Rank, Ranking
+from moert.policies.base import Policy
+from moert.types import ExpertId
+
+
+class DecayedSumPolicy(Policy):
+    """Keeps a sum for each expert that shrinks by `factor` at each event of its layer; the lowest resident leaves.
+
+    Nothing is touched when it shrinks: each layer counts its events, and residents are ranked by the logarithm of what
+    the sum would have to have been before the first of them to be what it is now. So the order within a layer stands
+    still between events, and layers are compared by their lowest residents: O(log n) for an event's expert, O(layers)
+    for a victim.
+
+    Where sizes differ, it is the sum per byte that counts. Of equal ones the one that was added to longest ago leaves.
+    """
+
+    def __init__(self, capacity: int, factor: float) -> None:
+        """`factor` is above 0 and at most 1."""
+        super().__init__(capacity)
+        self._factor = factor
+        self._rate = -math.log(factor)
+        self._sums: dict[ExpertId, tuple[float, int]] = {}
+        """Each sum as it was after an event, and which event that was."""
+        self._orders: dict[ExpertId, int] = {}
+        self._events: dict[int, int] = {}
+        self._residents: dict[int, Ranking] = {}
+        self._order = 0
+
+    def _begin_event(self, layer: int) -> None:
+        self._events[layer] = self._events.get(layer, 0) + 1
+
+    def _add(self, expert: ExpertId, amount: float) -> None:
+        self._sums[expert] = (self._sum(expert) + amount, self._events[expert.layer])
+        self._order += 1
+        self._orders[expert] = self._order
+        residents = self._residents.get(expert.layer)
+        if residents is not None and expert in residents:
+            self._rank(expert)
+
+    def _forget(self, expert: ExpertId) -> None:
+        """What `expert` was added to before counts no more."""
+        self._sums.pop(expert, None)
+
+    def _sum(self, expert: ExpertId) -> float:
+        if expert not in self._sums:
+            return 0.0
+        total, event = self._sums[expert]
+        return total * self._factor ** (self._events[expert.layer] - event)
+
+    def _rank(self, expert: ExpertId) -> None:
+        total, event = self._sums.get(expert, (0.0, 0))
+        score = math.log(total / self.size(expert)) + self._rate * event if total > 0 else -math.inf
+        self._residents.setdefault(expert.layer, Ranking()).set(expert, score, self._orders.get(expert, 0))
+
+    def admit(self, expert: ExpertId) -> None:
+        self._rank(expert)
+
+    def evict(self, expert: ExpertId) -> None:
+        self._residents[expert.layer].remove(expert)
+
+    def victim(self, locked: Collection[ExpertId]) -> ExpertId:
+        lowest: Rank | None = None
+        for layer, residents in self._residents.items():
+            rank = residents.lowest(locked)
+            if rank is not None:
+                rank = rank._replace(score=rank.score - self._rate * self._events.get(layer, 0))
+                if lowest is None or rank < lowest:
+                    lowest = rank
+        assert lowest is not None, "every resident is locked"
+        return lowest.expert
