@@ -20,7 +20,6 @@ import typer
 
 from moert.config import OffloadConfig
 from moert.errors import ConfigError
-from moert.policies import policy_names
 
 MODEL_HELP = 'Folder of a checkpoint, id of a model on the hub, or "demo": the small model that comes with moert.'
 JSON_HELP = "Print one JSON document on standard output and nothing else there."
@@ -107,7 +106,7 @@ def _parameter(name: str, default: Any) -> inspect.Parameter:
     kind, declaration = _type_of(field)
     option = typer.Option(
         declaration,
-        help=_field_help()[name] + (f" One of {', '.join(policy_names(live_only=True))}." if name == "policy" else ""),
+        help=_field_help()[name] + (" `moert policies` lists them." if name == "policy" else ""),
         rich_help_panel=_PANEL,
         metavar={"host_memory": "SIZE", "device_memory": "SIZE", "policy": "NAME", "cache_dir": "FOLDER"}.get(name),
         show_default=field.default is not None or default is not MISSING,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 import threading
@@ -40,23 +41,32 @@ class ThreadHandle(ReadHandle):
         self._finish = finish
         self.priority = priority
         self._state = _State.QUEUED
-        self._over = threading.Event()
+        # A plain lock, held until the record is there: an interrupt on the way into an Event's condition leaves that
+        # locked, and then the worker never gets past it.
+        self._over = threading.Lock()
+        self._over.acquire()
+        self._is_over = False
         self._starts: tuple[int, ...] = ()
         self._error: BaseException | None = None
         self._read_s = 0.0
 
     @property
     def ready(self) -> bool:
-        return self._over.is_set()
+        return self._is_over
 
     @property
     def read_s(self) -> float:
         return self._read_s
 
     def wait(self, timeout: float | None = None) -> tuple[int, ...]:
-        if not self._over.is_set():
+        if not self._is_over:
             self._owner.check_process()
-            if not self._over.wait(timeout):
+            if timeout is None:
+                with self._over:
+                    pass
+            elif self._over.acquire(timeout=timeout):
+                self._over.release()
+            else:
                 raise not_in_time(record_bytes(self._reads), timeout)
         if self._error is not None:
             raise self._error
@@ -91,7 +101,8 @@ class ThreadHandle(ReadHandle):
         # A settled handle may be kept for long; the buffers and what `finish` holds must not be.
         self._reads = ()
         self._finish = None
-        self._over.set()
+        self._is_over = True
+        self._over.release()
 
 
 def _release_frames(error: BaseException) -> None:
@@ -115,7 +126,11 @@ class ThreadReads:
         self.bytes_read = 0
         self._clock = clock
         self._pid = os.getpid()
-        self._changed = threading.Condition()
+        # Threads that may be interrupted enter by the lock itself; whoever is interrupted on the way into a condition
+        # never leaves it.
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._running: set[ThreadHandle] = set()
         self._queues: dict[Priority, deque[ThreadHandle]] = {priority: deque() for priority in Priority}
         self._guesses = 0
         self._threads: list[threading.Thread] = []
@@ -132,15 +147,20 @@ class ThreadReads:
         """
         handle = ThreadHandle(self, reads, priority, finish)
         self.check_process()
-        with self._changed:
+        with self._lock:
             if self.closed:
                 raise reader_closed()
             queued = sum(len(queue) for queue in self._queues.values())
             if self._idle <= queued and len(self._threads) < self.depth:
                 # Daemon only so that the interpreter's exit gets as far as the reader's exit handler, which joins them.
                 thread = threading.Thread(target=self._work, name=f"moert-read-{len(self._threads)}", daemon=True)
-                thread.start()
+                # In this order: an interrupt in `start` comes when the thread runs already.
                 self._threads.append(thread)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    self._threads.remove(thread)
+                    raise
             self._queues[handle.priority].append(handle)
             self._changed.notify()
         return handle
@@ -154,7 +174,7 @@ class ThreadReads:
         return handle
 
     def cancel(self, handle: ThreadHandle) -> bool:
-        with self._changed:
+        with self._lock:
             if handle._state is not _State.QUEUED:
                 return False
             self._queues[handle.priority].remove(handle)
@@ -162,7 +182,7 @@ class ThreadReads:
             return True
 
     def promote(self, handle: ThreadHandle) -> None:
-        with self._changed:
+        with self._lock:
             if handle._state is _State.QUEUED and handle.priority is not Priority.DEMAND:
                 self._queues[handle.priority].remove(handle)
                 handle.priority = Priority.DEMAND
@@ -170,7 +190,7 @@ class ThreadReads:
                 self._changed.notify()
 
     def read_ended(self, reads: tuple[Read, ...], whole: bool) -> None:
-        with self._changed:
+        with self._lock:
             _C.busy_leave(self._clock)
             if whole:
                 self.records += 1
@@ -180,7 +200,7 @@ class ThreadReads:
         """Fail what is queued and tell the threads to end after what they are reading. Does not wait."""
         if os.getpid() != self._pid:
             return
-        with self._changed:
+        with self._lock:
             self.closed = True
             abandoned = [handle for queue in self._queues.values() for handle in queue]
             for queue in self._queues.values():
@@ -191,9 +211,16 @@ class ThreadReads:
 
     def close(self) -> None:
         self.shut_down()
+        # A `finish` may be what closes the reader.
+        if threading.current_thread() not in self._threads:
+            with self._lock:
+                running = list(self._running)
+            for handle in running:
+                with contextlib.suppress(Exception):
+                    handle.wait()
         for thread in self._threads:
-            # A `finish` may be what closes the reader.
-            if thread is not threading.current_thread():
+            # One whose start was interrupted may not run yet; it will find nothing to do.
+            if thread is not threading.current_thread() and thread.is_alive():
                 thread.join()
 
     def _work(self) -> None:
@@ -207,21 +234,23 @@ class ThreadReads:
             return False
         guess = handle.priority is not Priority.DEMAND
         handle._run()
-        if guess:
-            with self._changed:
+        with self._lock:
+            self._running.discard(handle)
+            if guess:
                 self._guesses -= 1
                 self._changed.notify()
         return True
 
     def _take(self) -> ThreadHandle | None:
         """The next record to read, waiting for one; None once closed."""
-        with self._changed:
+        with self._lock:
             self._idle += 1
             try:
                 while not self.closed:
                     handle = self._next_handle()
                     if handle is not None:
                         handle._state = _State.RUNNING
+                        self._running.add(handle)
                         _C.busy_enter(self._clock)
                         return handle
                     self._changed.wait()
