@@ -256,6 +256,43 @@ class ExpertFfn:
         """
         _C.ffn_run(*self._arguments(hidden, experts, tokens, weights, out, out_rows))
 
+    def run_token(
+        self,
+        hidden: torch.Tensor,
+        experts: Sequence[Expert],
+        places: Sequence[int],
+        weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """`run` for one token: add to `out` [1, D] what each expert gives for `hidden` [1, D], weighted. Blocks.
+
+        Args:
+            places: for each expert where its weight is in `weights`.
+            weights: fp32, 1-D, contiguous, on the CPU.
+
+        Raises:
+            ValueError: dtypes, shapes or places do not fit.
+        """
+        self._check(hidden, out)
+        if (
+            weights.dtype != torch.float32
+            or weights.dim() != 1
+            or not weights.is_contiguous()
+            or not weights.is_cpu
+            or not all(0 <= place < len(weights) for place in places)
+        ):
+            raise ValueError(
+                f"weights must be contiguous 1-D torch.float32 on the CPU, not {tuple(weights.shape)} in "
+                f"{weights.dtype}, and the places {list(places)} within them"
+            )
+        begin = weights.data_ptr()
+        groups = [
+            (expert.capsule, 1, None, begin + 4 * place, None) for expert, place in zip(experts, places, strict=True)
+        ]
+        _C.ffn_run(
+            self._gate, self._number, self.hidden, self.width, hidden.data_ptr(), 1, out.data_ptr(), len(out), groups
+        )
+
     def submit(
         self,
         hidden: torch.Tensor,
@@ -279,18 +316,7 @@ class ExpertFfn:
         out: torch.Tensor,
         out_rows: Sequence[int] | None,
     ) -> tuple[Any, ...]:
-        for what, tensor, dtype in (("hidden states", hidden, self.dtype), ("out", out, torch.float32)):
-            if (
-                tensor.dtype != dtype
-                or tensor.dim() != 2
-                or tensor.shape[1] != self.hidden
-                or not tensor.is_contiguous()
-                or not tensor.is_cpu
-            ):
-                raise ValueError(
-                    f"{what} must be contiguous [T, {self.hidden}] in {dtype} on the CPU, not "
-                    f"{list(tensor.shape)} of strides {tensor.stride()} in {tensor.dtype} on {tensor.device}"
-                )
+        self._check(hidden, out)
         rows = hidden.shape[0]
         begins = out_rows if out_rows is not None else [None] * len(experts)
         groups = [
@@ -308,6 +334,20 @@ class ExpertFfn:
             out.shape[0],
             groups,
         )
+
+    def _check(self, hidden: torch.Tensor, out: torch.Tensor) -> None:
+        for what, tensor, dtype in (("hidden states", hidden, self.dtype), ("out", out, torch.float32)):
+            if (
+                tensor.dtype != dtype
+                or tensor.dim() != 2
+                or tensor.shape[1] != self.hidden
+                or not tensor.is_contiguous()
+                or not tensor.is_cpu
+            ):
+                raise ValueError(
+                    f"{what} must be contiguous [T, {self.hidden}] in {dtype} on the CPU, not "
+                    f"{list(tensor.shape)} of strides {tensor.stride()} in {tensor.dtype} on {tensor.device}"
+                )
 
 
 def add_rows(held: torch.Tensor, tokens: torch.Tensor | None, weights: torch.Tensor, out: torch.Tensor) -> None:

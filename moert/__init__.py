@@ -20,7 +20,7 @@ from moert.errors import (
 )
 
 if TYPE_CHECKING:
-    from moert.api import OffloadConfig, close, load, patch, reset_stats, resize, stats, unpatch
+    from moert.api import OffloadConfig, close, load, patch, record, reset_stats, resize, stats, unpatch
 
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     # torch's threads spin for milliseconds after each operation, on the cores that moert's compute with; this leaves
@@ -42,13 +42,14 @@ __all__ = [
     "close",
     "load",
     "patch",
+    "record",
     "reset_stats",
     "resize",
     "stats",
     "unpatch",
 ]
 
-_LAZY = frozenset({"OffloadConfig", "close", "load", "patch", "reset_stats", "resize", "stats", "unpatch"})
+_LAZY = frozenset({"OffloadConfig", "close", "load", "patch", "record", "reset_stats", "resize", "stats", "unpatch"})
 
 
 def __getattr__(name: str) -> object:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import moert.hf  # noqa: F401  # registers the quantizer plug-in, so that OffloadConfig works with from_pretrained
 from moert.config import OffloadConfig, parse_budget
 from moert.errors import ConfigError, KernelUnavailableError
-from moert.hf import loading, patching
+from moert.hf import loading, patching, recording
 from moert.hf import model as _model
 from moert.runtime.host_tier import Resized
 from moert.runtime.stats import Stats
@@ -17,7 +18,9 @@ from moert.runtime.stats import Stats
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["OffloadConfig", "Progress", "close", "load", "patch", "reset_stats", "resize", "stats", "unpatch"]
+    from moert.trace.trace import Trace
+
+__all__ = ["OffloadConfig", "Progress", "close", "load", "patch", "record", "reset_stats", "resize", "stats", "unpatch"]
 
 Model = TypeVar("Model", bound="nn.Module")
 
@@ -131,6 +134,41 @@ def reset_stats(model: nn.Module) -> None:
         MoertError: nothing in the model is offloaded.
     """
     _model.runtime_of(model).reset_stats()
+
+
+@contextmanager
+def record(
+    model: nn.Module, path: str | os.PathLike[str] | None = None, *, scores: bool = False, weights: bool = True
+) -> Iterator[Trace]:
+    """Note which experts each token chooses, in every layer, while the model runs within the `with` statement.
+
+    Any model that moert can run, loaded, patched or neither, on any device; not one that another library has compiled.
+    Each row of a batch becomes a sequence of the trace, from a fresh cache (`past_key_values`) on for as long as that
+    cache is used; a forward pass without one is a sequence of its own. A step is a forward pass, or a part of one in
+    which no layer runs twice. Padding, left or right, is in the trace as `Phase.PADDING`, and so are the tokens that
+    `generate` feeds a row whose text has ended: they are routed, and their experts fetched. Rejected drafts of assisted
+    decoding were routed, so they stay. In beam search a sequence is a row of the batch, whichever beam is in it. Picks
+    of weight 0, and of experts without weights, fetch nothing and are left out.
+
+    One thread at a time. Recordings of one model may be nested.
+
+    Args:
+        path: a file for the trace, written sequence by sequence; nothing is left of it if the block fails. None: the
+            trace is in memory.
+        scores: note the router's probabilities for all experts too, [T, L, E]. They are many more numbers.
+        weights: note the weights of the experts that were chosen.
+
+    Yields:
+        The trace; its sequences are there when the block has ended, in memory. With `path` they are in the file only,
+        where scores are kept in full precision, and weights in half of it if there are no scores.
+
+    Raises:
+        UnsupportedModelError: the model has no experts that moert can run, or scores are asked for and cannot be found.
+        MoertError: the model was patched or unpatched within the block.
+        ConfigError, TransferError: the file cannot be written.
+    """
+    with recording.record(model, path, scores=scores, weights=weights) as (trace, _):
+        yield trace
 
 
 def close(model: nn.Module) -> None:

@@ -89,9 +89,12 @@ class OffloadConfig:
     even where host_memory asks for more. It stays given back until `moert.resize`."""
     device_memory: int | float | str | None = None
     """Bytes of device memory for experts; needs a CUDA device. None: no device tier."""
-    policy: str = "lru"
+    policy: str = "ema"
     """Which resident expert leaves: the name of a file in `moert/policies`, or "package.module:Class". Parameters
     follow: "ema,alpha=0.05"."""
+    predictor: str = "gate_ahead_corrected"
+    """What guesses at the experts that the next layers will need, so that they are read before anybody waits: the name
+    of a file in `predictors`, "package.module:Class", or "none"."""
     io_depth: int | None = None
     """Reads in flight at once, of each disk. None: starts with 4 and goes where the disk gains, measured in use."""
     direct_io: bool = True
@@ -115,6 +118,10 @@ class OffloadConfig:
                 parse_budget(value, option)
         if not isinstance(self.policy, str) or not self.policy:
             raise ConfigError(f'policy={self.policy!r} must be the name of a policy or "package.module:Class"')
+        if not isinstance(self.predictor, str) or not self.predictor:
+            raise ConfigError(
+                f'predictor={self.predictor!r} must be the name of a predictor, "package.module:Class", or "none"'
+            )
         if self.io_depth is not None and (
             isinstance(self.io_depth, bool) or not isinstance(self.io_depth, int) or not 1 <= self.io_depth <= 64
         ):

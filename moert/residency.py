@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from moert.errors import CapacityError
 from moert.policies.base import Policy
+from moert.turnover import turn_over
 from moert.types import ExpertId
 
 
@@ -55,6 +56,10 @@ class Residency:
     cache; `admit` then returns None until something has been released. Experts may also be admitted and arrive outside
     a step, or in one that does not need them.
 
+    A step that will admit every miss says so with `promise`. Who leaves is then decided before anything moves, by
+    `turn_over`, and what is resident after the step does not depend on the order in which reads end. The policy knows
+    of all of it at once; slots follow as experts are computed.
+
     Not thread-safe: one step at a time.
     """
 
@@ -72,6 +77,9 @@ class Residency:
         self._locked: set[ExpertId] = set()
         self._arriving: set[ExpertId] = set()
         self._event: frozenset[ExpertId] = frozenset()
+        self._expected: frozenset[ExpertId] = frozenset()
+        self._promised: set[ExpertId] = set()
+        self._leaving: set[ExpertId] = set()
 
     def __len__(self) -> int:
         return len(self._slot_of) - len(self._arriving)
@@ -102,12 +110,39 @@ class Residency:
         misses = tuple(expert for expert in event if expert not in self)
         arriving = tuple(expert for expert in misses if expert in self._arriving)
         self._locked.update(hits)
+        self._expected = frozenset()
         self.policy.access(event)
         return Split(hits, misses, arriving)
 
+    def expect(self, experts: Iterable[ExpertId]) -> None:
+        """The next step is expected to need these experts: until it begins, nothing that is admitted displaces one."""
+        assert not self._event, f"the step over {sorted(self._event)} has not ended"
+        self._expected = frozenset(experts)
+
+    def promise(self) -> None:
+        """The step will admit all misses of its event that have no slot: decide who leaves for them.
+
+        Experts that the event does not need leave at once; those that it needs, if it is larger than the cache, when
+        they are released.
+        """
+        kept = self._slot_of.keys() - self._leaving
+        misses = sorted(self._event - kept)
+        victims = turn_over(self.policy, kept, self._event, misses, self.capacity, self._arriving & kept)
+        self._leaving.difference_update(misses)
+        self._promised.update(expert for expert in misses if expert not in self._slot_of)
+        for victim in victims:
+            if victim in self._event or victim in self._arriving:
+                self._leaving.add(victim)
+            else:
+                self._free_slot_of(victim)
+
+    def is_leaving(self, expert: ExpertId) -> bool:
+        """Whether `expert` gives up its slot when it is released."""
+        return expert in self._leaving
+
     def can_admit(self) -> bool:
         """Whether `admit` would give a slot now."""
-        return bool(self._free) or len(self._locked) < len(self._slot_of)
+        return bool(self._free) or (not self._promised and len(self._held()) < len(self._slot_of))
 
     def wants(self, expert: ExpertId) -> bool:
         """Whether `expert`, which has no slot, is worth one: a free one, or that of who would leave for it.
@@ -116,7 +151,7 @@ class Residency:
         """
         if self._free:
             return True
-        return len(self._locked) < len(self._slot_of) and self.policy.wants(expert, self._locked)
+        return self.can_admit() and self.policy.wants(expert, self._held())
 
     def admit(self, expert: ExpertId) -> Admission | None:
         """Give `expert` a slot, locked until it has arrived; its record may be written there from now on.
@@ -125,11 +160,14 @@ class Residency:
             None when every slot is held by a locked expert: one must `arrive` or be computed and released first.
         """
         assert expert not in self._slot_of, f"{expert} has a slot already"
+        if self._promised:
+            return self._admit_promised(expert)
         victim = None
         if not self._free:
-            if len(self._locked) == len(self._slot_of):
+            held = self._held()
+            if len(held) == len(self._slot_of):
                 return None
-            victim = self.policy.victim_for(expert, self._locked)
+            victim = self.policy.victim_for(expert, held)
             assert victim in self._slot_of and victim not in self._locked, f"{self.policy} evicts {victim}"
             self._remove(victim)
         # In this order: wherever an interrupt comes, what is in the table and not arriving is resident; see `recover`.
@@ -139,15 +177,31 @@ class Residency:
         self.policy.admit(expert)
         return Admission(slot, victim)
 
+    def _admit_promised(self, expert: ExpertId) -> Admission | None:
+        """The policy knows of it already; until all that is promised has come, free slots are for nothing else."""
+        if not self._free or expert not in self._promised:
+            return None
+        self._promised.remove(expert)
+        self._arriving.add(expert)
+        self._locked.add(expert)
+        slot = self._slot_of[expert] = self._free.pop()
+        return Admission(slot, None)
+
+    def _held(self) -> AbstractSet[ExpertId]:
+        """Who has a slot and must keep it."""
+        return self._locked | (self._expected & self._slot_of.keys()) if self._expected else self._locked
+
     def arrive(self, expert: ExpertId) -> None:
         """`expert`'s record is whole in its slot: it is resident, and locked if the step needs it."""
         self._arriving.remove(expert)
         if expert not in self._event:
-            self._locked.remove(expert)
+            self.release(expert)
 
     def release(self, expert: ExpertId) -> None:
-        """`expert` has been computed: it stays resident and may be evicted."""
+        """`expert` has been computed: it may be evicted, and stays resident unless it is to leave."""
         self._locked.remove(expert)
+        if expert in self._leaving:
+            self._free_slot_of(expert)
 
     def abandon(self, expert: ExpertId) -> None:
         """`expert`'s record did not arrive whole: its slot is free again."""
@@ -157,6 +211,12 @@ class Residency:
 
     def end(self) -> None:
         """The step is over, computed or not: nothing is locked any more but what is arriving."""
+        for expert in sorted(self._promised - self._leaving):
+            self.policy.evict(expert)
+        self._leaving -= self._promised
+        self._promised = set()
+        for expert in sorted(self._leaving - self._arriving):
+            self._free_slot_of(expert)
         self._locked = set(self._arriving)
         self._event = frozenset()
 
@@ -198,7 +258,9 @@ class Residency:
         """
         kept = {expert: slot for expert, slot in self._slot_of.items() if keep and expert not in self._arriving}
         self._slot_of = kept
-        self._locked, self._arriving, self._event = set(), set(), frozenset()
+        self._locked, self._arriving = set(), set()
+        self._event = self._expected = frozenset()
+        self._promised, self._leaving = set(), set()
         held = set(kept.values())
         self._free = [slot for slot in range(capacity - 1, -1, -1) if slot not in held]
         self.capacity = capacity
@@ -212,7 +274,12 @@ class Residency:
         self._remove(expert)
 
     def _remove(self, expert: ExpertId) -> None:
-        self.policy.evict(expert)
+        if expert not in self._leaving:
+            self.policy.evict(expert)
+        self._free_slot_of(expert)
+
+    def _free_slot_of(self, expert: ExpertId) -> None:
+        self._leaving.discard(expert)
         self._free.append(self._slot_of.pop(expert))
 
     def check_integrity(self) -> None:
@@ -224,6 +291,11 @@ class Residency:
         )
         assert self._locked <= self._slot_of.keys(), f"locked but absent: {self._locked - self._slot_of.keys()}"
         assert self._arriving <= self._locked, f"arriving but not locked: {self._arriving - self._locked}"
+        unslotted = self._leaving - self._slot_of.keys() - self._promised
+        assert not unslotted, f"leaving without having come: {unslotted}"
+        assert not self._promised & self._slot_of.keys(), f"promised and admitted: {self._promised}"
+        kept = (self._slot_of.keys() | self._promised) - self._leaving
+        assert len(kept) <= self.capacity, f"{len(kept)} are to stay in {self.capacity} slots"
 
 
 def _check_capacity(capacity: int) -> None:

@@ -25,6 +25,7 @@ PARTS = [
     "device memory",
     "pinned memory",
     "cache policy",
+    "prediction",
 ]
 
 

@@ -64,7 +64,7 @@ def test_help_lists_every_option_with_its_description(command: str, cli: Cli) ->
     assert "25%" in text, "the descriptions are those of OffloadConfig"
     assert "None:" not in text
     assert "Default:" in text
-    assert "lru" in text
+    assert "moert policies" in text
 
 
 def test_every_option_of_the_configuration_is_offered_but_debug() -> None:

@@ -65,6 +65,8 @@ def test_what_is_no_size_is_refused_by_name(value: Any) -> None:
     "options",
     [
         {"io_depth": 0},
+        {"predictor": ""},
+        {"predictor": None},
         {"io_depth": 65},
         {"io_depth": True},
         {"policy": ""},

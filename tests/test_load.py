@@ -86,7 +86,7 @@ def test_stats_add_up(tiny_olmoe: Path) -> None:
 
 def test_hits_and_misses_are_those_of_the_routing(tiny_olmoe: Path) -> None:
     """Against a count from transformers' own router logits and a cache written down by hand."""
-    with moert.load(tiny_olmoe, host_memory="50%") as model:
+    with moert.load(tiny_olmoe, host_memory="50%", policy="lru", predictor="none") as model:
         hits = misses = 0
         caches: list[list[int]] = [[], []]
         for start in range(16):

@@ -64,7 +64,11 @@ def make_app() -> typer.Typer:
     from moert.cli.demo import demo
     from moert.cli.doctor import doctor
     from moert.cli.pack import pack
+    from moert.cli.policies import policies
     from moert.cli.run import run
+    from moert.cli.simulate import simulate
+    from moert.cli.suit import suit
+    from moert.cli.trace import app as trace
     from moert.cli.verify import verify
 
     app = typer.Typer(
@@ -83,8 +87,9 @@ def make_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for command in (run, pack, verify, doctor, demo):
+    for command in (run, pack, verify, simulate, suit, policies, doctor, demo):
         app.command()(command)
+    app.add_typer(trace, name="trace")
     return app
 
 

@@ -19,6 +19,7 @@ def choose_paths(document: dict[str, Any], config: OffloadConfig) -> list[dict[s
         ("device memory", *_device(document)),
         ("pinned memory", *_pinned(document)),
         ("cache policy", config.policy, f"slots are shared out evenly over the layers; {_budget(document, config)}"),
+        ("prediction", *_prediction(config)),
     ]
     return [{"part": part, "path": path, "why": why} for part, path, why in rows]
 
@@ -73,6 +74,13 @@ def _reads(document: dict[str, Any], config: OffloadConfig) -> tuple[str, str]:
         f"through the page cache, {threads}",
         f"{disk['file_system']} cannot read past the page cache: costs more CPU",
     )
+
+
+def _prediction(config: OffloadConfig) -> tuple[str, str]:
+    if config.predictor == "none":
+        return "none", "--predictor none asks for it"
+    why = "what it expects is read before anybody waits, where experts come from disk and routers are known"
+    return config.predictor, why
 
 
 def _arena(document: dict[str, Any]) -> tuple[str, str]:

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from moert.hf.adapters import adapter_for
 from moert.hf.experts import OffloadedExperts
+from moert.hf.growing_cache import grow
 from moert.hf.norms import norm_forward
 from moert.hf.own_forward import Note, OwnForward, is_differentiated, is_recorded
 from moert.hf.rotary import rotary_forward
@@ -20,6 +23,9 @@ from moert.kernels.cpu import HALVES, linear
 
 _taken: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = weakref.WeakKeyDictionary()
 """Model -> its layers that have been taken over; not in the model, which can be pickled."""
+
+_hooks: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
+"""Model -> the hook that has its caches grow in place."""
 
 
 class DenseForward(OwnForward):
@@ -54,7 +60,8 @@ def take_over(model: nn.Module, wanted: bool | None, note: Note | None = None) -
     """Have moert's kernels compute the dense layers of `model`, those outside its experts; undone by `give_back`.
 
     Taken are, on the CPU in 16 bits, modules whose class is exactly `nn.Linear`, norms, routers with a weight of their
-    own, and attentions for their rotary embedding, unless somebody gave them a forward of their own already.
+    own, and attentions for their rotary embedding, unless somebody gave them a forward of their own already. The caches
+    of keys and values that the model is called with grow in place.
 
     Args:
         wanted: False leaves all as they are, None as well unless the whole model is on the CPU.
@@ -73,11 +80,15 @@ def take_over(model: nn.Module, wanted: bool | None, note: Note | None = None) -
             module.forward = forward  # type: ignore[assignment]
             taken.append(weakref.ref(module))
     _taken.setdefault(model, []).extend(taken)
+    if isinstance(model, PreTrainedModel) and model not in _hooks:
+        _hooks[model] = grow(model)
     return len(taken)
 
 
 def give_back(model: nn.Module) -> None:
     """Leave every layer that `take_over` took, and copies of them that came into the model since, to its class."""
+    if model in _hooks:
+        _hooks.pop(model).remove()
     taken = (reference() for reference in _taken.pop(model, ()))
     for module in (*taken, *model.modules()):
         if module is not None and isinstance(vars(module).get("forward"), OwnForward):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -46,10 +47,13 @@ class OffloadedExperts(nn.Module):
         self.__dict__["runtime"] = None
         self.__dict__["layer"] = -1
         self.__dict__["dtype"] = None
+        self.__dict__["scores"] = None
 
     adapter: ExpertsAdapter
     runtime: OffloadRuntime | None
     layer: int
+    scores: Callable[[torch.Tensor, torch.Tensor], list[float] | None] | None
+    """(ids, weights) of a step -> its router's mean scores, if the policy wants to know them."""
 
     def bind(self, runtime: OffloadRuntime, layer: int) -> None:
         """Run on `runtime`'s layer number `layer` from now on."""
@@ -81,8 +85,9 @@ class OffloadedExperts(nn.Module):
                 "whose experts are offloaded cannot be cast: unpatch, cast, patch, or load it with dtype=..."
             )
         flat = self.adapter.flatten(hidden_states).to("cpu")
+        scores = None if self.scores is None else self.scores(top_k_index, top_k_weights)
         output = self.runtime.run(
-            self.layer, self.adapter.compute, flat, top_k_index.to("cpu"), top_k_weights.to("cpu")
+            self.layer, self.adapter.compute, flat, top_k_index.to("cpu"), top_k_weights.to("cpu"), scores
         )
         return self.adapter.unflatten(output.to(hidden_states.device), hidden_states)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from moert.errors import MoertError
 from moert.hf.experts import OffloadedExperts
+from moert.hf.policy_feed import PolicyFeed
 from moert.runtime.runtime import OffloadRuntime
 
 
@@ -54,6 +55,7 @@ def mark(model: nn.Module, runtime: OffloadRuntime, leave: Any) -> None:
     """
     model.__dict__["_moert_leave"] = leave
     model.__dict__["_moert_finalizer"] = weakref.finalize(model, runtime.close)
+    model.__dict__["_moert_feed"] = PolicyFeed(model, offloaded_modules(model), runtime)
     model.__class__ = _offloaded_class(type(model))  # type: ignore[arg-type]  # stub of Module.__hash__
 
 
@@ -62,6 +64,7 @@ def unmark(model: nn.Module) -> None:
     model.__class__ = next(cls for cls in type(model).__mro__[1:] if cls is not Offloaded)
     model.__dict__.pop("_moert_leave")
     model.__dict__.pop("_moert_finalizer").detach()
+    model.__dict__.pop("_moert_feed").remove()
 
 
 def close(model: nn.Module) -> None:

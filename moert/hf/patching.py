@@ -17,6 +17,7 @@ from moert.hf.experts import OffloadedExperts
 from moert.hf.layers import Layers, make_layers
 from moert.hf.model import is_marked, mark, offloaded_modules, runtime_of, unmark
 from moert.hf.quantizer import forget_quantizer
+from moert.hf.router_weights import look_ahead, look_no_more
 from moert.runtime.preload import Progress
 from moert.runtime.runtime import OffloadRuntime
 from moert.runtime.spill import SpillSource
@@ -72,7 +73,7 @@ def patch(model: nn.Module, config: OffloadConfig, progress: Progress | None = N
     for path, adapter in adapters.items():
         for name in adapter.names:
             _check_parameter(f"{path}.{name}", adapter.stacked(name))
-    layers = make_layers(adapters, _sharing(adapters))
+    layers = make_layers(adapters, sharing(adapters))
     owners = [adapters[spec.name] for spec in layers.specs]
     freed: list[_Freed] = []
     if _fits(layers, config):
@@ -86,6 +87,7 @@ def patch(model: nn.Module, config: OffloadConfig, progress: Progress | None = N
         module.bind(runtime, layers.layer_of[path])
         model.set_submodule(path, module)
     mark(model, runtime, leave=unpatch)
+    look_ahead(model, runtime)
     model.__dict__["_moert_freed"] = freed
     take_over(model, config.dense_kernels)
     return model
@@ -113,6 +115,7 @@ def _unpatch_one(model: nn.Module) -> None:
         module.adapter.module.train(module.training)
         model.set_submodule(path, module.adapter.module)
     give_back(model)
+    look_no_more(model)
     unmark(model)
     model.__dict__.pop("_moert_freed", None)
     runtime.close("this model has been unpatched; its experts module is in the model again")
@@ -233,7 +236,7 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         )
 
 
-def _sharing(adapters: Mapping[str, ExpertsAdapter]) -> dict[str, str]:
+def sharing(adapters: Mapping[str, ExpertsAdapter]) -> dict[str, str]:
     """Module path -> path of an earlier module that has the very same parameters."""
     first: dict[tuple[int, ...], str] = {}
     same_as = {}

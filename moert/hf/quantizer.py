@@ -27,6 +27,7 @@ from moert.hf.experts import OffloadedExperts
 from moert.hf.layers import Layers, make_layers, tied_modules
 from moert.hf.model import close, mark
 from moert.hf.packed import Pack, open_pack
+from moert.hf.router_weights import look_ahead
 from moert.hf.source import CheckpointSource, checkpoint_records, read_checkpoint
 from moert.runtime.pack_file import MANIFEST
 from moert.runtime.preload import Progress
@@ -158,6 +159,7 @@ class MoertQuantizer(HfQuantizer):
             assert isinstance(module, OffloadedExperts)
             module.bind(runtime, layer)
         mark(model, runtime, leave=close)
+        look_ahead(model, runtime)
         take_over(model, self._config.dense_kernels)
         return model
 

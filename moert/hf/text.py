@@ -156,7 +156,7 @@ def generate(
         **options,
         num_beams=1,
         max_new_tokens=max_new_tokens,
-        pad_token_id=_pad_token_id(model, tokenizer),
+        pad_token_id=pad_token_id(model, tokenizer),
         streamer=watcher,
         output_logits=keep_logits,
         return_dict_in_generate=True,
@@ -173,7 +173,7 @@ def generate(
     )
 
 
-def _pad_token_id(model: Any, tokenizer: Any) -> int:
+def pad_token_id(model: Any, tokenizer: Any) -> int:
     """Any id will do for a single prompt; without one, transformers warns before each run."""
     candidates = (model.generation_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((candidate for candidate in candidates if candidate is not None), 0)

@@ -31,6 +31,8 @@ class DecayedSumPolicy(Policy):
         self._orders: dict[ExpertId, int] = {}
         self._events: dict[int, int] = {}
         self._residents: dict[int, Ranking] = {}
+        self._unranked: set[ExpertId] = set()
+        """Residents that were added to since they were ranked; where nothing is evicted, nothing is ranked."""
         self._order = 0
 
     def _begin_event(self, layer: int) -> None:
@@ -42,7 +44,7 @@ class DecayedSumPolicy(Policy):
         self._orders[expert] = self._order
         residents = self._residents.get(expert.layer)
         if residents is not None and expert in residents:
-            self._rank(expert)
+            self._unranked.add(expert)
 
     def _forget(self, expert: ExpertId) -> None:
         """What `expert` was added to before counts no more."""
@@ -63,9 +65,12 @@ class DecayedSumPolicy(Policy):
         self._rank(expert)
 
     def evict(self, expert: ExpertId) -> None:
+        self._unranked.discard(expert)
         self._residents[expert.layer].remove(expert)
 
     def victim(self, locked: Collection[ExpertId]) -> ExpertId:
+        while self._unranked:
+            self._rank(self._unranked.pop())
         lowest: Rank | None = None
         for layer, residents in self._residents.items():
             rank = residents.lowest(locked)

@@ -50,7 +50,8 @@ class Scratch:
     def clear(self) -> None:
         """What has been taken is in use no more."""
         if self._used > self._memory.numel():
-            self._memory = torch.empty(self._used)
+            with torch.inference_mode(False):  # else it could not be written to outside of that mode
+                self._memory = torch.empty(self._used)
         self._used = 0
 
     def take(self, rows: int, width: int) -> torch.Tensor:

@@ -114,8 +114,7 @@ class LayerCache(ABC):
         admission = self.residency.admit(expert)
         if admission is None:
             return None
-        if admission.victim is not None:
-            self.stats.resident_bytes -= self.spec.expert_bytes
+        self.count_residents()
         try:
             return self._submit(expert.expert, admission.slot, priority)
         except Exception:
@@ -140,11 +139,15 @@ class LayerCache(ABC):
         self.residency.arrive(expert)
         self.stats.bytes_read += fetch.read_bytes
         self.stats.read_s += fetch.handle.read_s
-        self.stats.resident_bytes += self.spec.expert_bytes
+        self.count_residents()
 
     def recover(self, *, keep: bool) -> None:
         """Put the books in order after something that was cut short; see `Residency.recover`."""
         self.residency.recover(self.residency.capacity, keep=keep)
+        self.count_residents()
+
+    def count_residents(self) -> None:
+        """Bring `stats.resident_bytes` up to date."""
         self.stats.resident_bytes = len(self.residency) * self.spec.expert_bytes
 
 
@@ -268,7 +271,6 @@ class SlotLayer(LayerCache):
         Blocks while residents of the slots that go are copied into others; their weights are the same as before.
         """
         change = self.residency.resize(n_slots)
-        self.stats.resident_bytes -= len(change.victims) * self.spec.expert_bytes
         waiting = list(change.moves)
         try:
             while waiting:
@@ -280,7 +282,7 @@ class SlotLayer(LayerCache):
             # Interrupted: those whose bytes are not where the table says are as good as evicted.
             for move in waiting:
                 self.residency.drop(move.expert)
-                self.stats.resident_bytes -= self.spec.expert_bytes
+            self.count_residents()
             del self._slots[n_slots:]
         self._take_slots()
         return change

@@ -22,6 +22,7 @@ from moert.residency import Residency
 from moert.runtime.compute import Compute, Scratch
 from moert.runtime.host_tier import HostTier, Resized
 from moert.runtime.layer import LayerCache, LayerSpec, ParameterLayer, SlotLayer, Weights
+from moert.runtime.look_ahead import LookAhead
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.preload import Progress, preload
 from moert.runtime.records import RecordSource
@@ -89,6 +90,8 @@ class OffloadRuntime:
         self._source = source
         self._staging = staging
         self._scratch = Scratch()
+        self.look_ahead: LookAhead | None = None
+        """Prefetches what the next layers are expected to need; None: nothing is predicted."""
         self._lock = threading.Lock()
         self._closed: str | None = None
         self._torn = False
@@ -189,6 +192,7 @@ class OffloadRuntime:
         hidden: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
+        scores: Sequence[float] | None = None,
     ) -> torch.Tensor:
         """One step of one layer; see `run_step`.
 
@@ -205,8 +209,36 @@ class OffloadRuntime:
             top_k_weights,
             pipeline=self.pipeline,
             scratch=self._scratch,
+            look_ahead=self.look_ahead,
+            scores=scores,
             check=self.config.debug,
         )
+
+    @_whole
+    def enter(self, layer: int, residual: torch.Tensor) -> None:
+        """The block that holds `layer` is given `residual` [T, D]: prefetch what that tells. Returns at once.
+
+        Raises:
+            MoertError: the runtime has been closed.
+        """
+        if self.look_ahead is not None:
+            self.look_ahead.enter(layer, residual)
+            self.pipeline.pump()
+
+    @_whole
+    def begin_sequence(self) -> None:
+        """The steps from here on are of another sequence, or batch of them: every layer's policy is told.
+
+        Raises:
+            MoertError: the runtime has been closed.
+        """
+        for layer in self.layers:
+            layer.residency.policy.begin_sequence()
+
+    @property
+    def reads(self) -> bool:
+        """Whether experts come from disk."""
+        return self._reader is not None
 
     @_whole
     def prefetch(self, experts: Sequence[ExpertId], priority: Priority = Priority.PREFETCH) -> None:

@@ -7,12 +7,15 @@ cannot change the result by a bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 
 import torch
 
 from moert.runtime.compute import Compute, ExpertCompute, Fused, OneByOne, Scratch, add_weighted
 from moert.runtime.layer import LayerCache
+from moert.runtime.look_ahead import LookAhead
+from moert.runtime.one_token import run_one_token
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.routing import Group, group_by_expert
 from moert.types import ExpertId
@@ -33,11 +36,14 @@ def run_step(
     *,
     pipeline: Pipeline,
     scratch: Scratch | None = None,
+    look_ahead: LookAhead | None = None,
+    scores: Sequence[float] | None = None,
     check: bool = False,
 ) -> torch.Tensor:
     """Run one layer on `hidden` [T, D] with `top_k_index` and `top_k_weights` [T, K], all on the CPU.
 
     Missing experts come through `pipeline`, before all that nobody waits for. `scratch` is used by one step at a time.
+    `scores` are the router's probabilities [E], averaged over the tokens, for a policy that wants to know them.
 
     Blocks until done. Ids that name no expert (expert-parallel sentinels) and picks of weight 0 contribute nothing
     and fetch nothing.
@@ -51,15 +57,22 @@ def run_step(
     """
     spec = layer.spec
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    out = torch.zeros(hidden.shape, dtype=dtype)
     hidden = hidden.contiguous()
-    groups = group_by_expert(top_k_index, top_k_weights.to(dtype), spec.num_experts + spec.num_identity)
+    top_k_weights = top_k_weights.to(dtype)
+    if hidden.shape[0] == 1 and scores is None and not check:
+        simple = run_one_token(layer, hidden, top_k_index, top_k_weights, pipeline, look_ahead)
+        if simple is not None:
+            return simple.to(hidden.dtype)
+    out = torch.zeros(hidden.shape, dtype=dtype)
+    groups = group_by_expert(top_k_index, top_k_weights, spec.num_experts + spec.num_identity)
     real = [group for group in groups if group.expert < spec.num_experts]
     if real:
         scratch = scratch or Scratch()
         scratch.clear()
         kernels = OneByOne(layer, compute) if spec.fused is None else Fused(layer, spec.fused, scratch)
-        step = _Step(layer, kernels, hidden, out, real, pipeline)
+        if scores is not None:
+            layer.residency.policy.observe_scores(spec.index, scores)
+        step = _Step(layer, kernels, hidden, out, real, pipeline, look_ahead)
         try:
             step.run()
         finally:
@@ -84,6 +97,7 @@ class _Step:
         out: torch.Tensor,
         groups: list[Group],
         pipeline: Pipeline,
+        look_ahead: LookAhead | None,
     ) -> None:
         self._layer = layer
         self._kernels = kernels
@@ -92,6 +106,7 @@ class _Step:
         self._groups = groups
         self._ids = [ExpertId(layer.spec.index, group.expert) for group in groups]
         self._pipeline = pipeline
+        self._look_ahead = look_ahead
         self._next = 0
         self._ready: set[int] = set()
         self._awaited: dict[ExpertId, int] = {}
@@ -104,10 +119,18 @@ class _Step:
         stats.hits += len(hits)
         stats.misses += len(misses)
         stats.forwarded += len(arriving)
+        if misses:
+            self._layer.residency.promise()
         turn_of = {expert: turn for turn, expert in enumerate(self._ids)}
         self._ready.update(turn_of[expert] for expert in hits)
         self._awaited = {expert: turn_of[expert] for expert in misses}
+        ahead = self._look_ahead
+        if ahead is not None:
+            ahead.begin(self._layer.spec.index, self._ids)
         self._pipeline.demand(misses)
+        if ahead is not None:
+            self._pipeline.pump()
+            ahead.step(self._layer.spec.index, self._hidden)
         while self._next < len(self._groups):
             if self._pipeline.busy:
                 self._take(self._pipeline.collect())
@@ -122,6 +145,7 @@ class _Step:
         """End the step; after an error or an interrupt nobody waits for the rest of its reads."""
         self._pipeline.withdraw(self._awaited)
         self._layer.residency.end()
+        self._layer.count_residents()
 
     def _take(self, arrived: list[ExpertId]) -> None:
         for expert in arrived:
@@ -139,10 +163,10 @@ class _Step:
                 picks += self._groups[turn].weights.shape[0]
                 turn += 1
             return turns
-        blocked = self._pipeline.has_queued_demands and not self._layer.residency.can_admit()
+        leaving = self._leaving()
         held_bytes, picks = self._held_bytes, 0
-        for turn in sorted(self._ready):
-            if held_bytes >= HELD_OUTPUT_BYTES and not (not turns and (blocked or not self._is_any_in_flight())):
+        for turn in [*leaving, *sorted(self._ready.difference(leaving))]:
+            if held_bytes >= HELD_OUTPUT_BYTES and not (not turns and (leaving or not self._is_any_in_flight())):
                 break
             turns.append(turn)
             held_bytes += self._groups[turn].weights.shape[0] * self._out.shape[1] * self._out.element_size()
@@ -150,6 +174,13 @@ class _Step:
             if picks >= BATCH_PICKS:
                 break  # holding outputs costs more than adding them in their turn, which may have come by then
         return turns
+
+    def _leaving(self) -> list[int]:
+        """Those that can run, and whose slots are waited for."""
+        residency = self._layer.residency
+        if not self._pipeline.has_queued_demands or residency.can_admit():
+            return []
+        return [turn for turn in sorted(self._ready) if residency.is_leaving(self._ids[turn])]
 
     def _is_any_in_flight(self) -> bool:
         return any(self._pipeline.is_in_flight(expert) for expert in self._awaited)

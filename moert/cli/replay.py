@@ -1,0 +1,230 @@
+"""What `moert simulate` was asked for, and the replays that this takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from moert.config import parse_budget
+from moert.errors import CapacityError, ConfigError
+
+if TYPE_CHECKING:
+    from moert.simulate import Result
+    from moert.trace import TraceLike
+
+Scope = Literal["layer", "global"]
+
+POLICIES = "lru,lfu,s3fifo,ema"
+CAPACITIES = "12.5%,25%,50%"
+SCOPES = ("layer", "global")
+RESETS = ("never", "sequence")
+COUNTS = ("decode", "all")
+
+ASIDE = "lru"
+"""The policy that is also shown with one cache for all layers, where the others have one each."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What holds for every replay."""
+
+    policies: list[str]
+    """Those that were named and the bound, in this order."""
+    bounds: list[str]
+    """Those among them that know the future."""
+    capacities: list[str]
+    scope: Scope
+    reset: str
+    count: str
+    batch: int
+    bypass: bool
+    expert_bytes: int | None
+    jobs: int
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """For `moert.simulate.sweep`."""
+        return {
+            "reset": self.reset,
+            "count": self.count,
+            "batch": self.batch,
+            "bypass": self.bypass,
+            "expert_bytes": self.expert_bytes,
+        }
+
+
+def read_asked(
+    *,
+    policy: str,
+    capacity: str | None,
+    budget: str | None,
+    scope: str,
+    reset: str,
+    count: str,
+    batch: int,
+    bypass: bool,
+    expert_bytes: str | None,
+    jobs: int,
+) -> Asked:
+    """The options of the command line, checked.
+
+    Raises:
+        ConfigError: one of them is no such thing.
+    """
+    for option, value, known in (("scope", scope, SCOPES), ("reset", reset, RESETS), ("count", count, COUNTS)):
+        if value not in known:
+            raise ConfigError(f"--{option}={value!r} must be one of {', '.join(known)}")
+    policies, bounds = _read_policies(policy, "min_bypass" if bypass else "belady")
+    return Asked(
+        policies=policies,
+        bounds=bounds,
+        capacities=_read_capacities(capacity, budget),
+        scope=cast("Scope", scope),
+        reset=reset,
+        count=count,
+        batch=batch,
+        bypass=bypass,
+        expert_bytes=None if expert_bytes is None else _read_bytes(expert_bytes, "--expert-bytes"),
+        jobs=jobs,
+    )
+
+
+def _read_policies(text: str, bound: str) -> tuple[list[str], list[str]]:
+    from moert.plugins import load_plugin, read_choice
+    from moert.policies import Policy, make_policy, split_policies
+
+    package = Policy.__module__.rpartition(".")[0]
+    policies, bounds = list(dict.fromkeys(split_policies(text))), []
+    for policy in policies:
+        name, _ = read_choice(package, policy, Policy)  # type: ignore[type-abstract]  # only looked up
+        if load_plugin(package, name, Policy).needs_future:  # type: ignore[type-abstract]  # only looked up
+            bounds.append(policy)
+        make_policy(policy, 1, future=())  # refuses values that make no sense
+    if bound not in policies:
+        policies.append(bound)
+        bounds.append(bound)
+    return policies, bounds
+
+
+def _read_capacities(capacity: str | None, budget: str | None) -> list[str]:
+    from moert.simulate import parse_capacity
+
+    found = [parse_capacity(part).text for part in ([] if capacity is None else capacity.split(","))]
+    for part in [] if budget is None else budget.split(","):
+        nbytes = _read_bytes(part, "--budget")
+        found.append(f"{nbytes}B" if part.strip().isdigit() else part.strip())
+    return list(dict.fromkeys(found)) or CAPACITIES.split(",")
+
+
+def _read_bytes(text: str, option: str) -> int:
+    nbytes = parse_budget(text, option).nbytes
+    if nbytes is None:
+        raise ConfigError(f"{option}={text!r} must be a number of bytes, such as 4GiB")
+    return nbytes
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What came of one trace."""
+
+    trace: TraceLike
+    name: str
+    rows: list[dict[str, Any]]
+    """Of the table, in its order."""
+    results: list[Result]
+    curves: list[Result]
+    """Empty unless they are to be drawn."""
+
+
+def replay(
+    traces: Sequence[TraceLike],
+    names: Sequence[str],
+    asked: Asked,
+    *,
+    draw: bool,
+    progress: Callable[[int, int], None],
+) -> list[Replayed]:
+    """Replay every trace. Blocks; `progress` is called after each replay with how many are done, of how many.
+
+    Args:
+        draw: also make what curves and heat maps are drawn from.
+    """
+    asides = [ASIDE] if asked.scope == "layer" and ASIDE in asked.policies else []
+    marks = [_shares(trace, asked) if draw else [] for trace in traces]
+    policies = len(asked.policies)
+    total = sum(len(asked.capacities) * (policies + len(asides)) + len(shares) * policies for shares in marks)
+    done = 0
+
+    def one_more(*_: object) -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    rules = {**asked.rules, "n_jobs": asked.jobs, "progress": one_more}
+    found = []
+    for trace, name, shares in zip(traces, names, marks, strict=True):
+        try:
+            found.append(_replay(trace, name, asked, asides, shares, rules))
+        except (ConfigError, CapacityError) as error:
+            raise type(error)(f"{name}: {error}") from error
+    return found
+
+
+def _replay(
+    trace: TraceLike, name: str, asked: Asked, asides: Sequence[str], shares: Sequence[str], rules: dict[str, Any]
+) -> Replayed:
+    from moert.simulate import sweep
+
+    results = sweep([trace], asked.policies, asked.capacities, scopes=(asked.scope,), **rules)
+    slots = {result.capacity: result.capacity_experts for result in results}
+    aside: list[Result] = []
+    if asides:
+        same = [_same(slots, text) for text in asked.capacities]
+        aside = sweep([trace], asides, same, scopes=("global",), bounds=False, **rules)
+    rows = []
+    for place, text in enumerate(asked.capacities):
+        own = [_row(result, name, asked) for result in results if result.capacity == text]
+        own += [_row(result, name, asked, of=text) for result in aside[place : place + 1]]
+        rows += sorted(own, key=lambda row: (not row["bound"], -row["hit_rate"]))
+    curves: list[Result] = []
+    if shares:
+        curves = sweep([trace], asked.policies, shares, scopes=(asked.scope,), bounds=False, **rules)
+    return Replayed(trace, name, rows, results, curves)
+
+
+def _same(slots: dict[str, int], text: str) -> str:
+    """A capacity of one cache for all layers that holds as much as `text` does in a cache for each."""
+    return str(slots[text]) if text.isdigit() else text
+
+
+def _row(result: Result, name: str, asked: Asked, of: str | None = None) -> dict[str, Any]:
+    """A result as the table and `--json` have it.
+
+    Args:
+        of: the capacity beside which it is shown, if its scope is not that of the others.
+    """
+    row = {**result.row(interval=True), "trace": name}
+    row.setdefault("hit_rate_low", None)
+    row.setdefault("hit_rate_high", None)
+    row.update(bound=result.policy in asked.bounds, aside=of is not None)
+    if of is not None:
+        # Its own bound is another one: that of one cache.
+        row.update(capacity=of, min_misses=None, gap_misses=None, gap_closed=None)
+    return row
+
+
+def _shares(trace: TraceLike, asked: Asked) -> list[str]:
+    """The capacities of the trace's curves."""
+    from moert.report.collect import curve_shares
+    from moert.simulate.capacity import expert_sizes, parse_capacity, plan_caches
+
+    header = trace.header
+    sizes = expert_sizes(header.layers, asked.expert_bytes)
+    n_experts = sum(layer.num_experts for layer in header.layers)
+    wanted = [
+        plan_caches(parse_capacity(text), header.layers, asked.scope, sizes).total_experts / n_experts
+        for text in asked.capacities
+    ]
+    # A little more, so that rounding takes no expert away.
+    return [f"{min(100, 100 * share + 1e-5):.9g}%" for share in curve_shares(header, wanted)]

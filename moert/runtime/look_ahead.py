@@ -1,0 +1,92 @@
+"""What predictions become: reads of missing experts before anybody waits for them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from enum import IntEnum
+
+import torch
+
+from moert.predictors.base import Prediction, Predictor
+from moert.runtime.layer import LayerCache
+from moert.runtime.pipeline import Pipeline
+from moert.types import ExpertId
+
+MOST_TOKENS = 32
+"""Steps of more tokens need most experts of every layer, which no prediction has to tell."""
+
+WORTH = 0.5
+"""Reads are started for ranks that lately were needed at least so often, of those that were not resident."""
+
+SHARE = 1 / 32
+"""Of the latest step in what is known of a rank."""
+
+
+class _Look(IntEnum):
+    STEP = 0
+    ENTRY = 1
+
+
+class LookAhead:
+    """Prefetches what `predictor` expects, as far as that has been worth it.
+
+    A predictor's ranks are judged by what the steps then needed, each rank, look and layer for itself, so that
+    predictions which do not come true cost reads for a short while only. Used by one step at a time.
+    """
+
+    def __init__(self, predictor: Predictor, layers: Sequence[LayerCache], pipeline: Pipeline) -> None:
+        self._predictor = predictor
+        self._layers = layers
+        self._pipeline = pipeline
+        self._missing: dict[int, dict[_Look, dict[ExpertId, int]]] = {}
+        """Layer -> of each look, the experts expected there next that were not resident, and their ranks."""
+        self._worths: dict[tuple[int, _Look], list[float]] = {}
+
+    def begin(self, layer: int, needed: Collection[ExpertId]) -> None:
+        """A step of `layer` needs these experts: learn from it, and give up on the others that were expected."""
+        for look, missing in self._missing.pop(layer, {}).items():
+            worths = self._worths[layer, look]
+            for expert, rank in missing.items():
+                worths[rank] += SHARE * ((expert in needed) - worths[rank])
+            self._pipeline.withdraw(expert for expert in missing if expert not in needed)
+
+    @torch.inference_mode()
+    def step(self, layer: int, hidden: torch.Tensor) -> None:
+        """The experts of `layer` are given `hidden` [T, D]: ask for what later layers will need. Starts nothing."""
+        if self._is_complete(layer) and self._is_complete(min(layer + 1, len(self._layers) - 1)):
+            return
+        for prediction in self._predictor.step(layer, hidden):
+            self._ask(_Look.STEP, prediction, len(hidden))
+
+    @torch.inference_mode()
+    def enter(self, layer: int, residual: torch.Tensor) -> None:
+        """The block of `layer` is given `residual` [T, D]: ask for what its experts will be. Starts nothing."""
+        if self._is_complete(layer):
+            return
+        prediction = self._predictor.enter(layer, residual)
+        if prediction is not None:
+            self._ask(_Look.ENTRY, prediction, len(residual))
+
+    def _is_complete(self, layer: int) -> bool:
+        """Whether there is nothing to bring up: predicting costs time too."""
+        cache = self._layers[layer]
+        return len(cache.residency) >= cache.spec.num_experts
+
+    def _ask(self, look: _Look, prediction: Prediction, n_tokens: int) -> None:
+        layer, experts, ranks = prediction
+        if n_tokens > MOST_TOKENS or not experts:
+            return
+        residency = self._layers[layer].residency
+        worths = self._worths.setdefault((layer, look), [])
+        worths.extend([WORTH] * (max(ranks) + 1 - len(worths)))
+        # Room for the likeliest only, resident or not: what is brought up for the others would displace them.
+        within = [(ExpertId(layer, expert), rank) for expert, rank in zip(experts, ranks, strict=True)]
+        within = within[: residency.capacity]
+        missing = {expert: rank for expert, rank in within if expert not in residency}
+        wanted = [expert for expert, rank in missing.items() if worths[rank] >= WORTH]
+        before = self._missing.setdefault(layer, {})
+        for earlier in before.values():
+            self._pipeline.withdraw(expert for expert in earlier if expert not in missing)
+        before[look] = missing
+        residency.expect(expert for expert, rank in within if expert not in missing or worths[rank] >= WORTH)
+        self._pipeline.prefetch(wanted)
