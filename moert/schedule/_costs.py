@@ -1,0 +1,88 @@
+"""What each step of running an expert takes on a machine, in seconds."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from moert.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds as a function of tokens: straight lines between measured points, the last one going on beyond them."""
+
+    tokens: tuple[int, ...]
+    """Ascending, from 1 on."""
+    seconds: tuple[float, ...]
+    """At those, none less than the one before."""
+
+    def __post_init__(self) -> None:
+        if not self.tokens or len(self.tokens) != len(self.seconds):
+            raise ConfigError(f"a cost curve needs as many times as token counts, not {self.seconds} for {self.tokens}")
+        if any(b <= a for a, b in zip(self.tokens, self.tokens[1:], strict=False)) or self.tokens[0] < 1:
+            raise ConfigError(f"a cost curve's token counts must ascend from 1, not {self.tokens}")
+        if not all(math.isfinite(s) and s >= 0 for s in self.seconds):
+            raise ConfigError(f"a cost curve's times must be finite and not negative, not {self.seconds}")
+        if any(b < a for a, b in zip(self.seconds, self.seconds[1:], strict=False)):
+            raise ConfigError(f"more tokens cannot take less time: {self.seconds} for {self.tokens} tokens")
+
+    @classmethod
+    def constant(cls, seconds: float) -> Curve:
+        """The same for any number of tokens."""
+        return cls((1,), (seconds,))
+
+    @classmethod
+    def proportional(cls, seconds: float) -> Curve:
+        """`seconds` for each token."""
+        return cls((1, 2), (seconds, 2 * seconds))
+
+    def __call__(self, tokens: int) -> float:
+        """Seconds for so many tokens, at least one."""
+        at = min(max(bisect_right(self.tokens, tokens), 1), max(len(self.tokens) - 1, 1))
+        if len(self.tokens) == 1 or tokens <= self.tokens[0]:
+            return self.seconds[0]
+        left, right = self.tokens[at - 1], self.tokens[at]
+        slope = (self.seconds[at] - self.seconds[at - 1]) / (right - left)
+        return self.seconds[at - 1] + slope * (tokens - left)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The times of one machine for experts of one shape; a time that is not given is none at all."""
+
+    cpu: Curve
+    """One expert on the CPU, all of its threads at work on it."""
+    device: Curve | None = None
+    """One expert on the device; None: there is no device."""
+    move_s: float = 0.0
+    """One expert from host memory to the device, while nothing else is on that link."""
+    read_s: float = 0.0
+    """One expert from disk into host memory, while as many are read as the disk likes best."""
+    cpu_start_s: float = 0.0
+    """Before the first expert that the CPU computes for an event: handing it over."""
+    merge_s: float = 0.0
+    """After the last one: waiting for it, and adding up what both computed."""
+    _cpu_times: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("move_s", "read_s", "cpu_start_s", "merge_s"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name}={value} must be finite and not negative")
+
+    def cpu_s(self, tokens: int) -> float:
+        """One expert on the CPU for so many tokens."""
+        known = self._cpu_times.get(tokens)
+        if known is None:
+            known = self._cpu_times[tokens] = self.cpu(tokens)
+        return known
+
+    def device_s(self, tokens: Sequence[int] | int) -> float:
+        """One expert on the device for so many tokens; for several numbers, their mean."""
+        assert self.device is not None, "there is no device"
+        if isinstance(tokens, int):
+            return self.device(tokens)
+        return sum(map(self.device, tokens)) / len(tokens) if tokens else 0.0
