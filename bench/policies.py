@@ -86,6 +86,14 @@ def markdown(results: list[Result], policies: list[str], shapes: dict[str, str])
     return "\n".join(lines)
 
 
+def kept(result: Result) -> dict[str, Any]:
+    """What is written of a result."""
+    about = ["trace", "policy", "scope", "capacity", "capacity_experts"]
+    numbers = ["accesses", "hits", "hit_rate_low", "hit_rate_high", "min_misses"]
+    row = result.row(interval=True)
+    return {name: round(row[name], 5) if isinstance(row[name], float) else row[name] for name in about + numbers}
+
+
 def cells_of(results: list[Result]) -> list[dict[str, Any]]:
     """Results by trace and capacity: those of caches by layer by policy, and global LRU's."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
@@ -111,8 +119,12 @@ def summary(results: list[Result], policies: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"cells": len(cells), "best_or_tied": best}
     if {"lru", "ema"} <= set(policies):
         gains = [100 * (cell["layer"]["ema"].hit_rate - cell["layer"]["lru"].hit_rate) for cell in cells]
+        # Where a cache holds no more than one token needs there is nothing to decide, and all policies are equal.
+        chosen = [gain for cell, gain in zip(cells, gains, strict=True) if cell["layer"]["lru"].gap_misses]
         found["ema_over_lru"] = {
             "median_points": statistics.median(gains),
+            "cells_with_a_choice": len(chosen),
+            "median_points_with_a_choice": statistics.median(chosen) if chosen else None,
             "least_points": min(gains),
             "worse": [
                 {"trace": cell["trace"], "capacity": cell["capacity"], "points": gain}
@@ -162,9 +174,9 @@ def main(
             "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
             "traces": shapes,
             "summary": told,
-            "results": [result.row(interval=True) for result in results],
         }
-        json_path.write_text(json.dumps(document, indent=1) + "\n")
+        rows = ",\n  ".join(json.dumps(kept(result)) for result in results)
+        json_path.write_text(f'{json.dumps(document, indent=1)[:-2]},\n "results": [\n  {rows}\n ]\n}}\n')
 
 
 if __name__ == "__main__":

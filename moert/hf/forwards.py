@@ -27,6 +27,8 @@ class Rows:
 
     def __init__(self, rows: int, cache: object | None) -> None:
         self.rows = rows
+        self.names: list[str] = []
+        """Of the sequences, if somebody gave them names."""
         self.n_tokens = 0
         """Tokens of each that are in the cache."""
         self.took_back = False

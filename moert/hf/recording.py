@@ -54,8 +54,8 @@ class _Step(NamedTuple):
     ids: torch.Tensor
     weights: torch.Tensor
     scores: torch.Tensor | None
-    versions: tuple[int, int] | None
-    """How often ids and weights had been written to; None: it is not counted."""
+    version: int | None
+    """How often the ids had been written to; None: it is not counted."""
 
 
 class _Even(NamedTuple):
@@ -166,10 +166,8 @@ class Recording:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids = args[1] if len(args) > 1 else kwargs["top_k_index"]
             weights = args[2] if len(args) > 2 else kwargs["top_k_weights"]
-            if not len(ids):
-                return
             scores = None
-            if tap is not None:
+            if tap is not None and len(ids):
                 scores = tap.take(ids, weights)
                 if scores is None:
                     raise UnsupportedModelError(
@@ -177,11 +175,11 @@ class Recording:
                         "which the router's weights follow; record without scores"
                     )
             # Copied when the pass ends, all of them at once: that is much cheaper than one by one.
-            step = _Step(layer, ids, weights, scores, _versions(ids, weights))
-            if self._forward is None:
-                self._hold(_Pending(Rows(1, None), None, None, None, True, _copy([step])))
-            else:
+            step = _Step(layer, ids, weights, scores, None if ids.is_inference() else ids._version)
+            if self._forward is not None:
                 self._steps.append(step)
+            elif len(ids):
+                self._hold(_Pending(Rows(1, None), None, None, None, True, _copy([step])))
 
         return hook
 
@@ -189,13 +187,16 @@ class Recording:
         if self._holder.get(self._leaf) is not self._first:
             self.check()
         self._forward, self._steps = forward, []
+        if forward.is_new:
+            forward.rows.names, self._names = self._names, []
         # Now, as the caller may write to it; what may be looked at later is.
         ids = forward.token_ids
         self._token_ids = None if ids is None else ids.detach().clone()
 
     def _end_forward(self, forward: Forward) -> None:
-        steps, self._forward = self._steps, None
-        if not steps:
+        steps, self._forward, self._steps = self._steps, None, []
+        calls = _copy(steps)
+        if not calls:
             return
         decodes = forward.shape is not None and forward.shape[1] == 1
         self._hold(
@@ -205,7 +206,7 @@ class Recording:
                 self._token_ids,
                 None if decodes else real_tokens(forward),
                 forward.is_new and not (decodes and forward.length),
-                _copy(steps),
+                calls,
             )
         )
 
@@ -290,8 +291,7 @@ class Recording:
             self._widths[layer] = max(self._widths[layer], ids.shape[-1])
         batch = self._batches.get(first.rows)
         if batch is None:
-            batch = self._batches[first.rows] = Batch(first.rows.rows, names=self._names)
-            self._names = []
+            batch = self._batches[first.rows] = Batch(first.rows.rows, names=first.rows.names)
         decodes = not first.begins and shape[1] == 1
         for part in split_passes(layers):
             steps = self._next_step + np.repeat(np.arange(len(run)), shape[1])
@@ -475,10 +475,6 @@ def _runs(pending: list[_Pending]) -> Iterator[list[_Pending]]:
         yield run
 
 
-def _versions(ids: torch.Tensor, weights: torch.Tensor) -> tuple[int, int] | None:
-    return None if ids.is_inference() or weights.is_inference() else (ids._version, weights._version)
-
-
 def _copy(steps: list[_Step]) -> _Even | list[_Step]:
     """Copies of what the model may write to again.
 
@@ -486,11 +482,15 @@ def _copy(steps: list[_Step]) -> _Even | list[_Step]:
         MoertError: it has done so already.
     """
     for step in steps:
-        if step.versions is not None and step.versions != _versions(step.ids, step.weights):
+        if step.version is not None and step.version != step.ids._version:
             raise MoertError(
-                "the model wrote into the expert ids or weights of a layer after its experts had been called with them: "
-                "it cannot be recorded"
+                "the model wrote into a layer's expert ids after its experts had been called with them: it cannot be "
+                "recorded"
             )
+    if not steps or not len(steps[0].ids):
+        steps = [step for step in steps if len(step.ids)]
+    if not steps:
+        return []
     with torch.no_grad():
         try:
             scores = [step.scores for step in steps if step.scores is not None]
@@ -501,7 +501,8 @@ def _copy(steps: list[_Step]) -> _Even | list[_Step]:
                 torch.stack(scores) if scores else None,
             )
         except RuntimeError:  # of different shapes, or on different devices
-            return [step._replace(ids=step.ids.clone(), weights=step.weights.clone()) for step in steps]
+            kept = [step for step in steps if len(step.ids)]
+            return [step._replace(ids=step.ids.clone(), weights=step.weights.clone()) for step in kept]
 
 
 def _apart(calls: _Even | list[_Step]) -> list[_Step]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from enum import IntEnum
+from time import perf_counter
 
 import torch
 
 from moert.predictors.base import Prediction, Predictor
 from moert.runtime.layer import LayerCache
 from moert.runtime.pipeline import Pipeline
+from moert.trial import Trial
 from moert.types import ExpertId
 
 MOST_TOKENS = 32
@@ -31,10 +33,21 @@ class LookAhead:
     """Prefetches what `predictor` expects, as far as that has been worth it.
 
     A predictor's ranks are judged by what the steps then needed, each rank, look and layer for itself, so that
-    predictions which do not come true cost reads for a short while only. Used by one step at a time.
+    predictions which do not come true cost reads for a short while only. Now and then tokens with it are timed against
+    tokens without, and it is left off where it does not gain (`Trial`). Used by one step at a time.
     """
 
-    def __init__(self, predictor: Predictor, layers: Sequence[LayerCache], pipeline: Pipeline) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        layers: Sequence[LayerCache],
+        pipeline: Pipeline,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        self._clock = clock
+        self._trial = Trial()
+        self._last: tuple[int, float] | None = None
+        """Tokens of the first layer's latest step, and when it began."""
         self._predictor = predictor
         self._layers = layers
         self._pipeline = pipeline
@@ -42,8 +55,10 @@ class LookAhead:
         """Layer -> of each look, the experts expected there next that were not resident, and their ranks."""
         self._worths: dict[tuple[int, _Look], list[float]] = {}
 
-    def begin(self, layer: int, needed: Collection[ExpertId]) -> None:
+    def begin(self, layer: int, needed: Collection[ExpertId], n_tokens: int = 1) -> None:
         """A step of `layer` needs these experts: learn from it, and give up on the others that were expected."""
+        if layer == 0:
+            self._note_token(n_tokens)
         for look, missing in self._missing.pop(layer, {}).items():
             worths = self._worths[layer, look]
             for expert, rank in missing.items():
@@ -53,7 +68,9 @@ class LookAhead:
     @torch.inference_mode()
     def step(self, layer: int, hidden: torch.Tensor) -> None:
         """The experts of `layer` are given `hidden` [T, D]: ask for what later layers will need. Starts nothing."""
-        if self._is_complete(layer) and self._is_complete(min(layer + 1, len(self._layers) - 1)):
+        if not self._trial.is_on or (
+            self._is_complete(layer) and self._is_complete(min(layer + 1, len(self._layers) - 1))
+        ):
             return
         for prediction in self._predictor.step(layer, hidden):
             self._ask(_Look.STEP, prediction, len(hidden))
@@ -61,11 +78,18 @@ class LookAhead:
     @torch.inference_mode()
     def enter(self, layer: int, residual: torch.Tensor) -> None:
         """The block of `layer` is given `residual` [T, D]: ask for what its experts will be. Starts nothing."""
-        if self._is_complete(layer):
+        if not self._trial.is_on or self._is_complete(layer):
             return
         prediction = self._predictor.enter(layer, residual)
         if prediction is not None:
             self._ask(_Look.ENTRY, prediction, len(residual))
+
+    def _note_token(self, n_tokens: int) -> None:
+        """Steps of as many tokens as the one before are compared, with and without prefetches."""
+        now = self._clock()
+        if self._last is not None and n_tokens == self._last[0] <= MOST_TOKENS and not self._is_complete(0):
+            self._trial.note(now - self._last[1])
+        self._last = (n_tokens, now)
 
     def _is_complete(self, layer: int) -> bool:
         """Whether there is nothing to bring up: predicting costs time too."""

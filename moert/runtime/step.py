@@ -126,7 +126,7 @@ class _Step:
         self._awaited = {expert: turn_of[expert] for expert in misses}
         ahead = self._look_ahead
         if ahead is not None:
-            ahead.begin(self._layer.spec.index, self._ids)
+            ahead.begin(self._layer.spec.index, self._ids, len(self._hidden))
         self._pipeline.demand(misses)
         if ahead is not None:
             self._pipeline.pump()

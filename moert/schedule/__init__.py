@@ -9,6 +9,7 @@ from __future__ import annotations
 from moert.plugins import available, load_plugin, read_choice
 from moert.schedule._costs import Costs, Curve
 from moert.schedule._flow import Timing, makespan
+from moert.schedule._promotion import Promotion, Swap
 from moert.schedule.base import Item, Place, Schedule, Scheduler
 
 PACKAGE = "moert.schedule"
@@ -18,8 +19,10 @@ __all__ = [
     "Curve",
     "Item",
     "Place",
+    "Promotion",
     "Schedule",
     "Scheduler",
+    "Swap",
     "Timing",
     "make_scheduler",
     "makespan",

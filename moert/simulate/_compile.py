@@ -16,6 +16,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     njit: Any = numba.njit
     try:
-        return njit(nogil=True, cache=True, _nrt=False)(function)  # type: ignore[no-any-return]
+        return njit(nogil=True, cache=True, _nrt=False)(function)
     except (KeyError, TypeError):
-        return njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
+        return njit(nogil=True, cache=True)(function)

@@ -75,7 +75,7 @@ def miss_curve(
         as `simulate`; ConfigError also for capacities in bytes.
     """
     source = EventSource(trace, Reading(count, batch, atomic), name)
-    layers = source.trace.header.layers
+    layers = source.header.layers
     counts = np.array([layer.num_experts for layer in layers], dtype=np.int64)
     n_experts = int(counts.max() if scope == "layer" else counts.sum())
     asked = None if capacities is None else _asked(capacities, n_experts)
@@ -139,7 +139,7 @@ def _has_order(source: EventSource, policy: str, scope: Scope, largest: int) -> 
 def _stack(source: EventSource, policy: str, setup: Setup, counts: Ints) -> Ints:
     """[capacity] hits, for 0 to the largest capacity."""
     name, parameters = read_policy(policy)
-    bases = first_ids(source.trace.header.layers)
+    bases = first_ids(source.header.layers)
     is_layered = setup.scope == "layer"
     n_all = int(bases[-1])
     spans = np.arange(len(counts) + 1) if is_layered else np.array([0, len(counts)])

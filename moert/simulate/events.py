@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -108,18 +109,17 @@ class Reading:
             raise ConfigError(f"batch={self.batch!r} must be a whole number of sequences, at least 1")
 
 
-def open_trace(source: TraceSource) -> TraceLike:
-    """The trace itself, or that of the file at a path.
+def open_trace(source: TraceSource) -> AbstractContextManager[TraceLike]:
+    """The trace itself, or that of the file at a path, which is closed at the end.
 
     Raises:
-        CorruptFileError: the file is no trace, or a damaged one.
+        ConfigError, CorruptFileError, TransferError: the file is no trace, a damaged one, or cannot be read.
     """
     if isinstance(source, (str, Path)):
         from moert.trace.file import TraceFile
 
-        trace: TraceLike = TraceFile(source)
-        return trace
-    return source
+        return TraceFile(source)
+    return nullcontext(source)
 
 
 def first_ids(layers: Sequence[LayerInfo]) -> Ints:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +20,6 @@ from moert.simulate.events import (
     Events,
     Ints,
     Reading,
-    TraceLike,
     TraceSource,
     first_ids,
     open_trace,
@@ -42,12 +40,15 @@ class EventSource:
     """A trace's events, as often as they are asked for: from memory if they are few, else read anew."""
 
     def __init__(self, source: TraceSource, reading: Reading, name: str | None = None) -> None:
-        """Opens a trace that is given by its path, and closes nothing."""
-        self.trace: TraceLike = open_trace(source)
+        """Reads what the trace says of itself; a file is open only while its events are read."""
+        self.source = source
+        with open_trace(source) as trace:
+            self.header = trace.header
+            self.n_sequences = len(trace)
+            first = next(iter(trace), None)
+            self.has_scores = first is not None and first.scores is not None
         self.reading = reading
-        self.name = (
-            name or (Path(source).stem if isinstance(source, (str, Path)) else self.trace.header.model) or "trace"
-        )
+        self.name = name or (Path(source).stem if isinstance(source, (str, Path)) else self.header.model) or "trace"
         self._held: list[Events] | None = None
 
     def __iter__(self) -> Iterator[Events]:
@@ -56,11 +57,12 @@ class EventSource:
             return
         held: list[Events] | None = []
         n_ids = 0
-        for chunk in read_events(self.trace, self.reading):
-            n_ids += len(chunk.ids)
-            if held is not None:
-                held = [*held, chunk] if n_ids <= HELD_IDS else None
-            yield chunk
+        with open_trace(self.source) as trace:
+            for chunk in read_events(trace, self.reading):
+                n_ids += len(chunk.ids)
+                if held is not None:
+                    held = [*held, chunk] if n_ids <= HELD_IDS else None
+                yield chunk
         self._held = held
 
 
@@ -136,7 +138,7 @@ def replay(
     counted_future: bool = False,
 ) -> Result:
     """As `simulate`. `counted_future`: see `Future`; only for compiled policies that know the future."""
-    layers = source.trace.header.layers
+    layers = source.header.layers
     if not layers:
         raise ConfigError(f"{source.name} has no layers, so there is nothing to replay")
     asked = parse_capacity(capacity)
@@ -165,8 +167,8 @@ def replay(
             if keep_events:
                 kept.append(hits)
     if not tally.layer_accesses.sum():
-        hint = '; count="all" counts every step' if source.reading.count == "decode" and len(source.trace) else ""
-        raise ConfigError(f"nothing counts in {source.name}: {len(source.trace)} sequences without a step of it{hint}")
+        hint = '; count="all" counts every step' if source.reading.count == "decode" and source.n_sequences else ""
+        raise ConfigError(f"nothing counts in {source.name}: {source.n_sequences} sequences without a step of it{hint}")
     return _result(
         source, policy, asked.text, setup, caches, tally, sizes, replayer.path, kept if keep_events else None
     )
@@ -184,7 +186,7 @@ def fewest_misses(
     This is MIN (Belady, 1966) where only counted uses are worth having an expert for; with bypass if some event does
     not fit, as the misses of one that passes through depend on more than who leaves.
     """
-    layers = source.trace.header.layers
+    layers = source.header.layers
     caches = plan_caches(parse_capacity(capacity), layers, setup.scope, expert_sizes(layers, expert_bytes))
     if caches.in_bytes:
         return None
@@ -207,12 +209,12 @@ def _replayer(
 ) -> tuple[FastReplay | GeneralReplay, Iterable[Events]]:
     """What replays, and the events as it wants them: with the router's scores for those whose policy looks at them."""
     plugin, parameters = read_policy(policy)
-    bases = first_ids(source.trace.header.layers)
+    bases = first_ids(source.header.layers)
     kind = _class_of(plugin)
     chunks: Iterable[Events] = source
     has_scores = scores_matter(source, plugin)
     if has_scores:
-        chunks = EventSource(source.trace, replace(source.reading, scores=True))
+        chunks = EventSource(source.source, replace(source.reading, scores=True))
     if fast and not caches.in_bytes and FastReplay.serves(plugin, has_scores=has_scores, bypass=setup.bypass):
         return FastReplay(plugin, parameters, caches.capacity, bases, setup.scope, bypass=setup.bypass), source
     return (
@@ -235,9 +237,8 @@ def _class_of(plugin: str) -> type[Policy]:
 
 def scores_matter(source: EventSource, plugin: str) -> bool:
     """Whether the policy looks at router scores and the trace has some."""
-    if _class_of(plugin).observe_scores is Policy.observe_scores or not source.reading.atomic:
-        return False
-    return any(sequence.scores is not None for sequence in islice(source.trace, 1))
+    looks = _class_of(plugin).observe_scores is not Policy.observe_scores
+    return looks and source.has_scores and source.reading.atomic
 
 
 def _replay_anew(
@@ -296,7 +297,7 @@ def _result(
         compulsory_misses=tally.compulsory,
         forced_misses=tally.forced,
         path=path,
-        layers=tuple(layer.name for layer in source.trace.header.layers),
+        layers=tuple(layer.name for layer in source.header.layers),
         layer_capacity=caches.capacity,
         layer_hits=tally.layer_hits,
         layer_accesses=tally.layer_accesses,

@@ -82,7 +82,7 @@ def sweep(
     for trace in traces:
         # What cannot work is said before anything runs.
         source, opened = _source_of(trace, reading)
-        layers = opened.trace.header.layers
+        layers = opened.header.layers
         sizes = expert_sizes(layers, expert_bytes)
         for setup in setups:
             for capacity in capacities:

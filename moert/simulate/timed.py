@@ -1,0 +1,379 @@
+"""Replay in time: what a token takes on a machine with a scheduler, a policy and background promotion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from moert.errors import ConfigError
+from moert.policies import Policy, make_policy
+from moert.schedule import Costs, Item, Place, Promotion, Schedule, Scheduler, make_scheduler, makespan
+from moert.simulate.bound import least_seconds
+from moert.simulate.capacity import expert_sizes, parse_capacity, plan_caches
+from moert.simulate.events import Count, Reading, TraceLike, TraceSource, first_ids, open_trace, read_events
+from moert.simulate.run import EventSource, Setup, fewest_misses, scores_matter
+from moert.trace.sequence import Sequence as TraceSequence
+from moert.trace.sequence import TraceHeader
+from moert.turnover import turn_over
+from moert.types import ExpertId
+
+
+class Event(NamedTuple):
+    """What one layer's step needs."""
+
+    layer: int
+    experts: tuple[ExpertId, ...]
+    """Ascending."""
+    tokens: tuple[int, ...]
+    """How many chose each."""
+    is_counted: bool
+    scores: list[float] | None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One replay in time. All counts and seconds are of the counted events."""
+
+    scheduler: str
+    policy: str
+    has_promotion: bool
+    tokens: int
+    seconds: float
+    accesses: int
+    hits: int
+    fetched: int
+    """Misses that were moved to the device for their event; on a machine without one, read from disk."""
+    on_cpu: int
+    """Uses that the CPU computed, hits among them too."""
+    promoted: int
+    """Experts that became resident in the background."""
+    link_s: float
+    """How long the link was busy; the disk, on a machine without a device."""
+    bound_s: float
+    """No policy and no schedule takes less (`moert.simulate.bound.least_seconds`)."""
+    own_bound_s: float
+    """The same with this replay's own misses: what is above it is lost to scheduling, what is below to the policy."""
+    event_hits: tuple[int, ...]
+    """Of each event, in order."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over accesses."""
+        return self.hits / self.accesses
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Experts and the layers' other work."""
+        return self.seconds / self.tokens
+
+    @property
+    def share_of_bound(self) -> float:
+        """1: as fast as possible."""
+        return self.bound_s / self.seconds if self.seconds else 1.0
+
+
+class _Run(NamedTuple):
+    """A plan for an event, by places in its hits and misses."""
+
+    fetch: tuple[int, ...]
+    """Places among the misses."""
+    on_cpu: int
+    cpu_s: float
+    device_s: float
+    run_s: float
+    """Of one expert on the device."""
+    on_device: int
+
+
+def simulate_time(
+    trace: TraceSource,
+    policy: str,
+    capacity: int | str,
+    costs: Costs | Sequence[Costs],
+    *,
+    layer_s: float = 0.0,
+    scheduler: str = "exact",
+    promotion: Promotion | None = None,
+    count: Count = "decode",
+    batch: int = 1,
+    expert_bytes: int | Sequence[int] | None = None,
+) -> Timed:
+    """Replay a trace event by event on a machine whose times are `costs`.
+
+    Each event begins when the layer's other work is done. Hits are what the cache has then; the scheduler says what
+    runs where, and `moert.schedule.makespan` how long that takes. Misses that were fetched are admitted afterwards as
+    far as the policy wants them, those that the CPU computed are not. On a machine without a device the cache is host
+    memory: every miss is read from disk, and admitted as the engine does it (`moert.turnover`). Events that do not
+    count take no time: their misses are admitted, and so they warm the cache.
+
+    Blocks; some 10000 events a second.
+
+    Args:
+        costs: of every layer's experts, or of each layer's.
+        layer_s: what a layer takes besides its experts, in each step.
+        scheduler: a file in `moert/schedule`, or `"package.module:Class"`.
+        promotion: fresh, and used up afterwards; None: the link carries only what events wait for.
+        capacity: experts of each layer, a share of them, or bytes for all (`moert.simulate.simulate`).
+
+    Raises:
+        ConfigError: an option that makes no sense, or nothing counts.
+        CapacityError, CorruptFileError: as `simulate`.
+    """
+    if not layer_s >= 0 or layer_s == float("inf"):
+        raise ConfigError(f"layer_s={layer_s} must be finite and not negative")
+    source = EventSource(trace, Reading(count, batch))
+    header = source.header
+    sizes = expert_sizes(header.layers, expert_bytes)
+    caches = plan_caches(parse_capacity(capacity), header.layers, "layer", sizes)
+    by_layer = [costs] * len(header.layers) if isinstance(costs, Costs) else list(costs)
+    if len(by_layer) != len(header.layers):
+        raise ConfigError(f"{len(by_layer)} costs do not fit {len(header.layers)} layers")
+    with open_trace(trace) as opened:
+        has_scores = scores_matter(source, policy.partition(",")[0].strip())
+        events = list(_events(opened, Reading(count, batch, scores=has_scores)))
+    replay = _Replay(header, events, policy, [int(n) for n in caches.capacity], by_layer, scheduler, layer_s, promotion)
+    for event in events:
+        replay.step(event)
+    if not replay.accesses:
+        raise ConfigError(f"nothing counts in {source.name}, so there is nothing to time")
+    tokens = sum(chunk.tokens for chunk in source)
+    misses = fewest_misses(source, capacity, Setup(bypass=True), expert_bytes=expert_bytes) or 0
+    least = Costs(
+        min((one.cpu for one in by_layer), key=lambda curve: curve(1)),
+        None if by_layer[0].device is None else min((one.device for one in by_layer if one.device), key=lambda c: c(1)),
+        move_s=min(one.move_s for one in by_layer),
+        read_s=min(one.read_s for one in by_layer),
+    )
+    other_s = layer_s * replay.counted
+    own = replay.accesses - replay.hits
+    return Timed(
+        scheduler=scheduler,
+        policy=policy,
+        has_promotion=promotion is not None,
+        tokens=tokens,
+        seconds=replay.seconds,
+        accesses=replay.accesses,
+        hits=replay.hits,
+        fetched=replay.fetched,
+        on_cpu=replay.on_cpu,
+        promoted=replay.promoted,
+        link_s=replay.link_s,
+        bound_s=least_seconds(accesses=replay.accesses, misses=misses, other_s=other_s, costs=least),
+        own_bound_s=least_seconds(accesses=replay.accesses, misses=own, other_s=other_s, costs=least),
+        event_hits=tuple(replay.event_hits),
+    )
+
+
+def _events(trace: TraceLike, reading: Reading) -> Iterator[Event]:
+    bases = first_ids(trace.header.layers)
+    of_all = [ExpertId(i, e) for i in range(len(bases) - 1) for e in range(int(bases[i + 1] - bases[i]))]
+    picks = read_events(trace, replace(reading, atomic=False, scores=False))
+    for events, single in zip(read_events(trace, reading), picks, strict=True):
+        place = np.stack([single.sequence, single.step, single.layer])
+        event = np.cumsum(np.any(np.diff(place, axis=1, prepend=place[:, :1]), axis=0))
+        # The same order as that of the ids of `events`: by event, ascending within it.
+        _, tokens = np.unique(event * int(bases[-1]) + single.ids, return_counts=True)
+        assert len(tokens) == len(events.ids)
+        for number in range(len(events)):
+            at = slice(int(events.offsets[number]), int(events.offsets[number + 1]))
+            yield Event(
+                int(events.layer[number]),
+                tuple(of_all[i] for i in events.ids[at].tolist()),
+                tuple(tokens[at].tolist()),
+                bool(events.counted[number]),
+                None if events.scores is None else events.scores[number].tolist(),
+            )
+
+
+class _Replay:
+    """A machine in the middle of a replay."""
+
+    def __init__(
+        self,
+        header: TraceHeader,
+        events: Sequence[Event],
+        policy: str,
+        capacity: list[int],
+        costs: list[Costs],
+        scheduler: str,
+        layer_s: float,
+        promotion: Promotion | None,
+    ) -> None:
+        self._costs = costs
+        self._scheduler: Scheduler = make_scheduler(scheduler)
+        self._has_device = costs[0].device is not None
+        self._promotion = promotion if self._has_device else None
+        self._layer_s = layer_s
+        self._capacity = capacity
+        self._policies: list[Policy] = []
+        for layer, n in enumerate(capacity):
+            future = ([*event.experts] for event in events if event.layer == layer)
+            self._policies.append(make_policy(policy, n, future=future))
+        self._residents: list[set[ExpertId]] = [set() for _ in header.layers]
+        self._known: dict[tuple[int, int, int], _Run] = {}
+        self._same_costs = [costs.index(one) for one in costs]
+        self._link_free_s = 0.0
+        self.seconds = 0.0
+        self.accesses = self.hits = self.fetched = self.on_cpu = self.promoted = self.counted = 0
+        self.link_s = 0.0
+        self.event_hits: list[int] = []
+
+    def step(self, event: Event) -> None:
+        """One event."""
+        policy, residents = self._policies[event.layer], self._residents[event.layer]
+        if event.scores is not None:
+            policy.observe_scores(event.layer, event.scores)
+        policy.access(event.experts)
+        if self._promotion is not None:
+            self._promotion.observe(event.experts)
+        misses = [expert for expert in event.experts if expert not in residents]
+        if event.is_counted:
+            self._time(event, misses, policy, residents)
+        else:
+            turn_over(policy, residents, event.experts, misses, self._capacity[event.layer])
+
+    def _time(self, event: Event, misses: list[ExpertId], policy: Policy, residents: set[ExpertId]) -> None:
+        begin = self.seconds + self._layer_s
+        self._promote_until(begin)
+        costs = self._costs[event.layer]
+        run, misses = self._plan(event, misses)
+        fetched = [misses[place] for place in run.fetch]
+        delay = max(0.0, self._link_free_s - begin)
+        device_s = run.device_s
+        if fetched and delay and self._has_device:
+            waiting = (len(fetched) - 1) * max(costs.move_s, run.run_s)
+            device_s = max(run.on_device * run.run_s, delay + costs.move_s + waiting + run.run_s)
+        end = begin + max(device_s, run.cpu_s)
+        if fetched:
+            step_s = costs.move_s if self._has_device else costs.read_s
+            self._link_free_s = begin + delay + len(fetched) * step_s
+            self.link_s += len(fetched) * step_s
+        self.counted += 1
+        self.accesses += len(event.experts)
+        self.hits += len(event.experts) - len(misses)
+        self.event_hits.append(len(event.experts) - len(misses))
+        self.fetched += len(fetched)
+        self.on_cpu += run.on_cpu
+        self.seconds = end
+        if not self._has_device:
+            turn_over(policy, residents, event.experts, sorted(misses), self._capacity[event.layer])
+            return
+        for expert in sorted(fetched):
+            self._admit(expert, policy, residents)
+        if self._promotion is not None:
+            left = [expert for expert in misses if expert not in residents]
+            self._promotion.drop(residents.intersection(fetched))
+            self._promotion.offer(event.layer, left, self._weakest(event.layer))
+            self._promote_until(end)
+            self._install()
+
+    def _plan(self, event: Event, misses: list[ExpertId]) -> tuple[_Run, list[ExpertId]]:
+        """What to do, and the misses in the order that its places mean: the most valuable first."""
+        missing = set(misses)
+        if self._promotion is not None:
+            misses = sorted(misses, key=self._promotion.rate, reverse=True)
+        n_hits = len(event.experts) - len(misses)
+        key = (self._same_costs[event.layer], n_hits, len(misses))
+        is_single = all(n == 1 for n in event.tokens)
+        if is_single and key in self._known:
+            return self._known[key], misses
+        tokens = dict(zip(event.experts, event.tokens, strict=True))
+        away = Place.HOST if self._has_device else Place.DISK
+        here = Place.DEVICE if self._has_device else Place.HOST
+        items = [Item(e, tokens[e], here) for e in event.experts if e not in missing]
+        items += [Item(e, tokens[e], away, -place) for place, e in enumerate(misses)]
+        costs = self._costs[event.layer]
+        schedule: Schedule = self._scheduler.plan(items, costs)
+        timing = makespan(schedule, costs)
+        places = {expert: place for place, expert in enumerate(misses)}
+        moved = schedule.fetch if self._has_device else schedule.read
+        run = _Run(
+            tuple(places[item.expert] for item in moved),
+            len(schedule.cpu),
+            timing.cpu_s,
+            timing.device_s,
+            costs.device_s([item.tokens for item in schedule.device]) if schedule.device else 0.0,
+            len(schedule.device),
+        )
+        if is_single:
+            self._known[key] = run
+        return run, misses
+
+    def _admit(self, expert: ExpertId, policy: Policy, residents: set[ExpertId]) -> None:
+        if len(residents) >= self._capacity[expert.layer]:
+            if not policy.wants(expert, frozenset()):
+                return
+            victim = policy.victim_for(expert, frozenset())
+            policy.evict(victim)
+            residents.remove(victim)
+        policy.admit(expert)
+        residents.add(expert)
+
+    def _weakest(self, layer: int) -> ExpertId | None:
+        if len(self._residents[layer]) < self._capacity[layer]:
+            return None
+        return self._policies[layer].victim(frozenset())
+
+    def _promote_until(self, now: float) -> None:
+        """Chunks of promotions while the link is idle before `now`; an event's own fetches wait for the end of the last."""
+        if self._promotion is None:
+            return
+        while self._link_free_s < now:
+            expert = self._promotion.next_chunk()
+            if expert is None:
+                self._link_free_s = now
+                return
+            chunk_s = self._costs[expert.layer].move_s / self._promotion.chunks
+            self._link_free_s += chunk_s
+            self.link_s += chunk_s
+            self._promotion.chunk_done()
+
+    def _install(self) -> None:
+        assert self._promotion is not None
+        for expert, victim in self._promotion.install(lambda expert: self._weakest(expert.layer)):
+            policy, residents = self._policies[expert.layer], self._residents[expert.layer]
+            if victim is not None:
+                policy.evict(victim)
+                residents.remove(victim)
+            policy.admit(expert)
+            residents.add(expert)
+            self.promoted += 1
+
+
+def first_tokens(trace: TraceLike, most: int) -> list[TraceSequence]:
+    """The sequences from the beginning of a trace that hold `most` tokens of the kind that are decoded, the last cut.
+
+    Raises:
+        ConfigError: `most` is below 1.
+    """
+    from moert.trace.sequence import Phase
+
+    if most < 1:
+        raise ConfigError(f"{most} tokens cannot be timed; give at least 1")
+    found: list[TraceSequence] = []
+    left = most
+    for sequence in trace:
+        decoded = np.flatnonzero(sequence.phases == Phase.DECODE)
+        if len(decoded) <= left:
+            found.append(sequence)
+            left -= len(decoded)
+            if not left:
+                break
+            continue
+        end = int(decoded[left])
+        found.append(
+            replace(
+                sequence,
+                experts=sequence.experts[:end],
+                steps=sequence.steps[:end],
+                phases=sequence.phases[:end],
+                weights=None if sequence.weights is None else sequence.weights[:end],
+                scores=None if sequence.scores is None else sequence.scores[:end],
+                token_ids=None if sequence.token_ids is None else sequence.token_ids[:end],
+            )
+        )
+        break
+    return found

@@ -1,0 +1,74 @@
+"""What gains is kept, what does not is left, and it is found out soon, whatever else the machine does."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moert.trial import BLOCK, LONGEST_REST, REST, Trial
+
+
+def run(trial: Trial, tokens: int, gain: float, noise: float = 0.0, seed: int = 0, drift: float = 0.0) -> list[bool]:
+    """Tokens that take 1 without, and less by `gain` with; what was done for each."""
+    draw = random.Random(seed)
+    done = []
+    for token in range(tokens):
+        done.append(trial.is_on)
+        seconds = (1 / (1 + gain) if trial.is_on else 1.0) * (1 + drift * token) * (1 + noise * draw.random())
+        trial.note(seconds * (50 if draw.random() < 0.02 else 1))
+    return done
+
+
+@pytest.mark.parametrize("begins_on", [True, False])
+@pytest.mark.parametrize("gain", [0.3, 0.05, 0.02])
+def test_what_gains_is_kept(begins_on: bool, gain: float) -> None:
+    done = run(Trial(is_on=begins_on), 3000, gain)
+    assert all(done[5 * BLOCK : REST])
+    assert sum(done) > 0.85 * len(done)
+
+
+@pytest.mark.parametrize("begins_on", [True, False])
+@pytest.mark.parametrize("gain", [-0.3, -0.02, 0.0])
+def test_what_does_not_gain_is_left(begins_on: bool, gain: float) -> None:
+    done = run(Trial(is_on=begins_on), 3000, gain)
+    assert not any(done[5 * BLOCK : REST])
+    assert sum(done) < 0.15 * len(done)
+
+
+def test_a_clear_answer_takes_one_block_of_each() -> None:
+    done = run(Trial(), 3 * BLOCK + 10, 0.5)
+    assert done.count(False) == BLOCK
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_and_drift_do_not_decide(seed: int) -> None:
+    """Tokens differ by up to a third among themselves, one in fifty takes fifty times as long, and all get slower."""
+    assert all(run(Trial(), 2000, 0.1, noise=0.3, seed=seed, drift=1e-3)[5 * BLOCK :])
+    assert not any(run(Trial(), 2000, -0.1, noise=0.3, seed=seed, drift=1e-3)[5 * BLOCK :])
+
+
+def test_it_is_tried_again_and_follows_a_change() -> None:
+    trial = Trial()
+    assert all(run(trial, 1000, 0.2)[5 * BLOCK :])
+    done = run(trial, 2 * REST + 5 * BLOCK, -0.2)
+    assert not all(done)
+    last = len(done) - done[::-1].index(True)
+    assert last <= 2 * REST + 2 * BLOCK, "it goes on for longer than until the second trial"
+    assert sum(run(trial, 4 * REST, -0.2)) < 0.1 * 4 * REST
+
+
+def test_trials_become_rare_where_the_answer_stays_the_same() -> None:
+    done = run(Trial(), 8 * LONGEST_REST, 0.02)
+    assert done[4 * LONGEST_REST :].count(False) <= 4 * 2 * BLOCK
+    assert done.count(False) > 0
+
+
+@given(st.lists(st.floats(0, 1e6), max_size=800))
+def test_any_times_will_do(times: list[float]) -> None:
+    trial = Trial()
+    for seconds in times:
+        assert trial.is_on in (True, False)
+        trial.note(seconds)
