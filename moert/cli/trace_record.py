@@ -220,7 +220,7 @@ def _print(document: dict[str, Any]) -> None:
                 ("trace", f"{document['trace']} ({format_bytes(document['bytes'])})"),
                 (
                     "layers",
-                    f"{document['num_layers']} of {document['num_experts']} experts, {document['top_k']} for each token",
+                    f"{document['num_layers']} of {document['num_experts']} experts, {document['top_k']} a token",
                 ),
                 ("sequences", f"{document['sequences']:,}"),
                 (

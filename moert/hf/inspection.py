@@ -118,7 +118,11 @@ def inspect_checkpoint(folder: Path, *, dtype: str = "auto") -> Inspection:
     Raises:
         ConfigError, UnsupportedModelError, CorruptFileError, TransferError: loading would raise the same.
     """
-    plan = plan_checkpoint(folder, Planner(), dtype=dtype)
+    return inspection_of(plan_checkpoint(folder, Planner(), dtype=dtype))
+
+
+def inspection_of(plan: Plan) -> Inspection:
+    """What a plan says of its checkpoint."""
     planner, model = plan.planner, plan.model
     return Inspection(
         architecture=plan.architecture,
