@@ -1,4 +1,4 @@
-"""The command line: `moert run`, `pack`, `verify`, `doctor` and `demo`.
+"""The command line: `moert run`, `plan`, `pack`, `verify`, `doctor` and `demo`, and those that replay traces.
 
 Nothing here imports torch before a command needs it, so that `moert --help` answers at once. A command is a function
 in a file of its own and returns the exit code. Bad input ends in exit code 2 and one line on standard error, an
@@ -64,6 +64,7 @@ def make_app() -> typer.Typer:
     from moert.cli.demo import demo
     from moert.cli.doctor import doctor
     from moert.cli.pack import pack
+    from moert.cli.plan import plan
     from moert.cli.policies import policies
     from moert.cli.run import run
     from moert.cli.simulate import simulate
@@ -87,7 +88,7 @@ def make_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for command in (run, pack, verify, simulate, suit, policies, doctor, demo):
+    for command in (run, plan, pack, verify, simulate, suit, policies, doctor, demo):
         app.command()(command)
     app.add_typer(trace, name="trace")
     return app

@@ -19,10 +19,22 @@ from rich.text import Text
 from moert.cli.options import Json, flag_of
 from moert.cli.output import bar, percent, print_json, short_names, stdout
 from moert.cli.replay import CAPACITIES, COUNTS, POLICIES, RESETS, SCOPES, Asked, Replayed, read_asked, replay
+from moert.cli.timing import SCHEDULER, TOKENS, Timing, add_times, read_timing, timing_notes
 from moert.cli.traces import EXPERTS_HELP, TRACE_HELP, check_output, names_of, open_trace, put_output
 from moert.config import format_bytes
 
-_COLUMNS = ("policy", "hit rate", "95 %", "misses\na token", "fetched\na token", "LRU to\nbound")
+_COLUMNS = (
+    "policy",
+    "hit rate",
+    "95 %",
+    "misses\na token",
+    "fetched\na token",
+    "LRU to\nbound",
+    "ms a\ntoken",
+    "of the\nbound",
+)
+
+_TIMES = "Times"
 
 
 def simulate(
@@ -65,6 +77,34 @@ def simulate(
         typer.Option(metavar="SIZE", help="Of one expert, for traces that do not say it.", show_default=False),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Processes to use.")] = 1,
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Also the time of a token on this machine: one that comes with moert, or a description in a file.",
+            rich_help_panel=_TIMES,
+            show_default=False,
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str, typer.Option(metavar="NAME", help="Where an event's experts run.", rich_help_panel=_TIMES)
+    ] = SCHEDULER,
+    promote: Annotated[
+        bool,
+        typer.Option("--promote/--no-promote", help="Bring experts over the idle link.", rich_help_panel=_TIMES),
+    ] = True,
+    dense_bytes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Of the weights besides experts; their time is a token's too.",
+            rich_help_panel=_TIMES,
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Decoded tokens that are timed.", rich_help_panel=_TIMES)
+    ] = TOKENS,
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw the miss-ratio curves.", show_default=False)
     ] = None,
@@ -92,14 +132,20 @@ def simulate(
         "expert_bytes": expert_bytes,
         "jobs": jobs,
     }
-    command = _command(traces, {**how, "experts": experts, "plot": plot, "html": html})
+    timed: dict[str, Any] = {"scheduler": scheduler, "promote": promote, "dense_bytes": dense_bytes, "tokens": tokens}
+    command = _command(traces, {**how, "experts": experts, "machine": machine, **timed, "plot": plot, "html": html})
     with bar("starting"):
         asked = read_asked(**how)
+        timing = read_timing(machine, **timed, asked=asked)
     with ExitStack() as stack:
         opened = [open_trace(stack, path, experts) for path in traces]
         draw = plot is not None or html is not None
         with bar("replaying") as progress:
             replayed = replay(opened, names_of(traces), asked, draw=draw, progress=progress.update)
+        if timing is not None:
+            for one in replayed:
+                with bar(f"timing {one.name}") as progress:
+                    add_times(one, timing, asked, progress.update)
         _draw(replayed, asked, command, plot, html)
     if json:
         print_json({"command": command, "results": [row for one in replayed for row in one.rows]})
@@ -107,7 +153,7 @@ def simulate(
     console = stdout()
     for one in replayed:
         _print(one, console)
-    _print_notes(replayed, asked, console)
+    _print_notes(replayed, asked, timing, console)
     for path in (plot, html):
         if path is not None:
             console.print(Text(f"wrote {path}"), soft_wrap=True)
@@ -157,7 +203,10 @@ def _command(traces: Sequence[Path], how: dict[str, Any]) -> str:
     parameters = inspect.signature(simulate).parameters
     for name, value in how.items():
         if value != parameters[name].default:
-            words += [flag_of(name)] if value is True else [flag_of(name), str(value)]
+            if isinstance(value, bool):
+                words.append(flag_of(name) if value else f"--no-{flag_of(name)[2:]}")
+            else:
+                words += [flag_of(name), str(value)]
     return shlex.join(words)
 
 
@@ -207,10 +256,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['misses_per_token']:.2f}",
         "–" if moved is None else format_bytes(moved / tokens),
         "–" if row["gap_closed"] is None or row["bound"] else percent(row["gap_closed"]),
+        f"{row['ms_per_token']:.1f}" if "ms_per_token" in row else "–",
+        percent(row["share_of_bound"]) if "share_of_bound" in row else "–",
     )
 
 
-def _print_notes(replayed: Sequence[Replayed], asked: Asked, console: Console) -> None:
+def _print_notes(replayed: Sequence[Replayed], asked: Asked, timing: Timing | None, console: Console) -> None:
     rows = [row for one in replayed for row in one.rows]
     notes = []
     forced = {row["capacity"] for row in rows if row["forced_misses"]}
@@ -222,6 +273,8 @@ def _print_notes(replayed: Sequence[Replayed], asked: Asked, console: Console) -
             "MIN admits every miss, and serves steps that are too large or do not count too; no policy at all "
             "hits more than “at most”."
         )
+    if timing is not None:
+        notes += timing_notes(timing, rows)
     console.print()
     for note in notes:
         console.print(Text(note, style="bright_black"), soft_wrap=True)

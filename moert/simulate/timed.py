@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
-from moert.errors import ConfigError
+from moert.errors import CapacityError, ConfigError
 from moert.policies import Policy, make_policy
 from moert.schedule import Costs, Item, Place, Promotion, Schedule, Scheduler, make_scheduler, makespan
 from moert.simulate.bound import least_seconds
 from moert.simulate.capacity import expert_sizes, parse_capacity, plan_caches
-from moert.simulate.events import Count, Reading, TraceLike, TraceSource, first_ids, open_trace, read_events
+from moert.simulate.events import Count, Reading, TraceSource, open_trace
 from moert.simulate.run import EventSource, Setup, fewest_misses, scores_matter
-from moert.trace.sequence import Sequence as TraceSequence
+from moert.simulate.steps import Event, read_steps
 from moert.trace.sequence import TraceHeader
 from moert.turnover import turn_over
 from moert.types import ExpertId
-
-
-class Event(NamedTuple):
-    """What one layer's step needs."""
-
-    layer: int
-    experts: tuple[ExpertId, ...]
-    """Ascending."""
-    tokens: tuple[int, ...]
-    """How many chose each."""
-    is_counted: bool
-    scores: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -100,6 +86,7 @@ def simulate_time(
     count: Count = "decode",
     batch: int = 1,
     expert_bytes: int | Sequence[int] | None = None,
+    residents: Iterable[ExpertId] | None = None,
 ) -> Timed:
     """Replay a trace event by event on a machine whose times are `costs`.
 
@@ -117,6 +104,8 @@ def simulate_time(
         scheduler: a file in `moert/schedule`, or `"package.module:Class"`.
         promotion: fresh, and used up afterwards; None: the link carries only what events wait for.
         capacity: experts of each layer, a share of them, or bytes for all (`moert.simulate.simulate`).
+        residents: what is cached when the first event begins that counts, such as a profile's hottest experts; None:
+            what the events before it left.
 
     Raises:
         ConfigError: an option that makes no sense, or nothing counts.
@@ -133,9 +122,12 @@ def simulate_time(
         raise ConfigError(f"{len(by_layer)} costs do not fit {len(header.layers)} layers")
     with open_trace(trace) as opened:
         has_scores = scores_matter(source, policy.partition(",")[0].strip())
-        events = list(_events(opened, Reading(count, batch, scores=has_scores)))
+        events = list(read_steps(opened, Reading(count, batch, scores=has_scores)))
     replay = _Replay(header, events, policy, [int(n) for n in caches.capacity], by_layer, scheduler, layer_s, promotion)
     for event in events:
+        if event.is_counted and residents is not None:
+            replay.put(residents)
+            residents = None
         replay.step(event)
     if not replay.accesses:
         raise ConfigError(f"nothing counts in {source.name}, so there is nothing to time")
@@ -165,27 +157,6 @@ def simulate_time(
         own_bound_s=least_seconds(accesses=replay.accesses, misses=own, other_s=other_s, costs=least),
         event_hits=tuple(replay.event_hits),
     )
-
-
-def _events(trace: TraceLike, reading: Reading) -> Iterator[Event]:
-    bases = first_ids(trace.header.layers)
-    of_all = [ExpertId(i, e) for i in range(len(bases) - 1) for e in range(int(bases[i + 1] - bases[i]))]
-    picks = read_events(trace, replace(reading, atomic=False, scores=False))
-    for events, single in zip(read_events(trace, reading), picks, strict=True):
-        place = np.stack([single.sequence, single.step, single.layer])
-        event = np.cumsum(np.any(np.diff(place, axis=1, prepend=place[:, :1]), axis=0))
-        # The same order as that of the ids of `events`: by event, ascending within it.
-        _, tokens = np.unique(event * int(bases[-1]) + single.ids, return_counts=True)
-        assert len(tokens) == len(events.ids)
-        for number in range(len(events)):
-            at = slice(int(events.offsets[number]), int(events.offsets[number + 1]))
-            yield Event(
-                int(events.layer[number]),
-                tuple(of_all[i] for i in events.ids[at].tolist()),
-                tuple(tokens[at].tolist()),
-                bool(events.counted[number]),
-                None if events.scores is None else events.scores[number].tolist(),
-            )
 
 
 class _Replay:
@@ -234,6 +205,22 @@ class _Replay:
             self._time(event, misses, policy, residents)
         else:
             turn_over(policy, residents, event.experts, misses, self._capacity[event.layer])
+
+    def put(self, experts: Iterable[ExpertId]) -> None:
+        """Have these in the caches and no others.
+
+        Raises:
+            CapacityError: they are too many.
+        """
+        for policy, residents in zip(self._policies, self._residents, strict=True):
+            for expert in residents:
+                policy.evict(expert)
+            residents.clear()
+        for expert in sorted(set(experts)):
+            if len(self._residents[expert.layer]) == self._capacity[expert.layer]:
+                raise CapacityError(f"layer {expert.layer} has {self._capacity[expert.layer]} slots for its residents")
+            self._policies[expert.layer].admit(expert)
+            self._residents[expert.layer].add(expert)
 
     def _time(self, event: Event, misses: list[ExpertId], policy: Policy, residents: set[ExpertId]) -> None:
         begin = self.seconds + self._layer_s
@@ -318,7 +305,7 @@ class _Replay:
         return self._policies[layer].victim(frozenset())
 
     def _promote_until(self, now: float) -> None:
-        """Chunks of promotions while the link is idle before `now`; an event's own fetches wait for the end of the last."""
+        """Chunks of promotions while the link is idle before `now`; a fetch waits for the end of the last."""
         if self._promotion is None:
             return
         while self._link_free_s < now:
@@ -341,39 +328,3 @@ class _Replay:
             policy.admit(expert)
             residents.add(expert)
             self.promoted += 1
-
-
-def first_tokens(trace: TraceLike, most: int) -> list[TraceSequence]:
-    """The sequences from the beginning of a trace that hold `most` tokens of the kind that are decoded, the last cut.
-
-    Raises:
-        ConfigError: `most` is below 1.
-    """
-    from moert.trace.sequence import Phase
-
-    if most < 1:
-        raise ConfigError(f"{most} tokens cannot be timed; give at least 1")
-    found: list[TraceSequence] = []
-    left = most
-    for sequence in trace:
-        decoded = np.flatnonzero(sequence.phases == Phase.DECODE)
-        if len(decoded) <= left:
-            found.append(sequence)
-            left -= len(decoded)
-            if not left:
-                break
-            continue
-        end = int(decoded[left])
-        found.append(
-            replace(
-                sequence,
-                experts=sequence.experts[:end],
-                steps=sequence.steps[:end],
-                phases=sequence.phases[:end],
-                weights=None if sequence.weights is None else sequence.weights[:end],
-                scores=None if sequence.scores is None else sequence.scores[:end],
-                token_ids=None if sequence.token_ids is None else sequence.token_ids[:end],
-            )
-        )
-        break
-    return found

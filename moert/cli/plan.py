@@ -1,0 +1,292 @@
+"""`moert plan`: whether and how a model fits a machine, and how fast it will be there."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moert.cli.opening import reading
+from moert.cli.options import Json, Model, resolve_model
+from moert.cli.output import bar, facts, percent, print_json, rate, stdout
+from moert.config import Budget, format_bytes, parse_budget
+from moert.errors import CapacityError, ConfigError
+
+if TYPE_CHECKING:
+    from moert.planning.forecast import HitCurve, Speed
+    from moert.planning.machine import Machine
+    from moert.planning.memory import Layout
+    from moert.planning.model import ModelNeeds
+
+CONTEXT = 4096
+_GIB = 1 << 30
+_POINTS = 16
+"""Of the curve that a trace gives."""
+_PARTS = {
+    "cpu": "the CPU, reading weights",
+    "device": "the device",
+    "link": "the link to the device",
+    "disk": "the disk",
+    "overhead": "what a layer takes besides its weights",
+}
+
+
+def plan(
+    model: Model,
+    machine: Annotated[
+        str,
+        typer.Option(
+            metavar="this|NAME|FILE",
+            help='For which machine: "this" is looked at now, others come with moert or are described in a file.',
+        ),
+    ] = "this",
+    device_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of the device, for experts.", show_default=False)
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of the host, for experts.", show_default=False)
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help=f"Tokens of a sequence. Default: {CONTEXT}, or what the model takes.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences at once.")] = 1,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="TRACE", help="Routing to expect. Default: that of usual models.", show_default=False),
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Say what goes where, how fast the model will be, what holds it up, and the command to run it.
+
+    Reads the model's configuration and file headers, no weights.
+    """
+    with bar("reading headers"):
+        needs = _needs(resolve_model(model))
+    with bar("looking at the machine"):
+        where = _machine(machine)
+    with bar("planning"):
+        hits, expected = _hits(trace, needs)
+        budgets = {
+            "host_memory": None if host_memory is None else parse_budget(host_memory, "host_memory"),
+            "device_memory": None if device_memory is None else parse_budget(device_memory, "device_memory"),
+        }
+        length = min(CONTEXT, needs.longest_context or CONTEXT) if context is None else context
+        document = make_plan(needs, where, context=length, batch=batch, hits=hits, **budgets)
+    document = {"model": model, "expected_routing": expected, **document}
+    document["command"] = _command(model, document)
+    if json:
+        print_json(document)
+    else:
+        _print(document, stdout())
+    return 0
+
+
+def _needs(name: str) -> ModelNeeds:
+    from moert.hf.inspection import local_folder
+    from moert.hf.model_needs import read_needs
+    from moert.hf.text import hush
+
+    hush(bars=True)
+    folder = local_folder(name)
+    if folder is None:
+        raise ConfigError(f"{name!r} is not on this machine yet; download it and ask again")
+    with reading(name):
+        return read_needs(folder)
+
+
+def _machine(name: str) -> Machine:
+    from moert.planning.machine import load_machine
+
+    if name != "this":
+        return load_machine(name)
+    from moert.cli.this_machine import this_machine
+
+    return this_machine()
+
+
+def _hits(trace: Path | None, needs: ModelNeeds) -> tuple[HitCurve, str]:
+    """The hit rate by share of the experts, and in words where it is from."""
+    from moert.planning.forecast import typical_hits
+
+    if trace is None:
+        return typical_hits, "the median of 15 traces of trained models; models differ by 15 points each way"
+    from contextlib import ExitStack
+
+    from moert.cli.traces import open_trace
+    from moert.simulate import simulate
+
+    experts = max(need.num_experts for need in needs.layers)
+    slots = sorted({round(experts * part / _POINTS) for part in range(1, _POINTS + 1)} - {0})
+    with ExitStack() as stack:
+        opened = open_trace(stack, trace, experts)
+        points = [(0.0, 0.0), *((n / experts, simulate(opened, "ema", n).hit_rate) for n in slots)]
+
+    def hits(share: float) -> float:
+        (x0, y0), (x1, y1) = next(
+            (pair for pair in pairwise(points) if pair[1][0] >= share - 1e-9), (points[-2], points[-1])
+        )
+        return y0 + (y1 - y0) * (min(share, x1) - x0) / (x1 - x0)
+
+    return hits, str(trace)
+
+
+def make_plan(
+    needs: ModelNeeds,
+    machine: Machine,
+    *,
+    context: int,
+    batch: int,
+    hits: HitCurve,
+    host_memory: Budget | None = None,
+    device_memory: Budget | None = None,
+) -> dict[str, Any]:
+    """The plan as `--json` prints it.
+
+    Raises:
+        CapacityError, ConfigError: as `moert.planning.memory.lay_out`.
+    """
+    from moert.planning.forecast import decode_speed, prefill_speed, uniform_hits
+    from moert.planning.memory import lay_out
+
+    how = {"context": context, "batch": batch}
+    layout = lay_out(needs, machine, **how, host_memory=host_memory, device_memory=device_memory)
+    decode = decode_speed(needs, machine, layout.placement, **how, hits=hits)
+    worst = decode_speed(needs, machine, layout.placement, **how, hits=uniform_hits)
+    prompt = min(context, 512)
+    prefill = prefill_speed(needs, machine, layout.placement, prompt=prompt, batch=batch, hits=hits)
+    document: dict[str, Any] = {
+        "architecture": needs.name,
+        "machine": machine.name,
+        "machine_numbers": dict(machine.notes or {}),
+        **how,
+        "fits": True,
+        "host": _memory(layout.host),
+        "device": None if layout.device is None else _memory(layout.device),
+        "host_slots": list(layout.placement.host),
+        "device_slots": None if layout.placement.device is None else list(layout.placement.device),
+        "experts_bytes": needs.expert_bytes,
+        "reads_from_disk": layout.is_read_from_disk,
+        "cache_known": needs.cache is not None,
+        "cache_problem": needs.cache_problem or None,
+        "smallest_expert_bytes": needs.least_bytes,
+        "decode": _speed(decode),
+        "decode_without_locality": _speed(worst),
+        "prefill": {"prompt_tokens": prompt, **_speed(prefill)},
+        "one_more_gib": {},
+    }
+    for tier in ("device", "host") if layout.device is not None else ("host",):
+        document["one_more_gib"][tier] = _one_more(needs, machine, layout, tier, decode, hits, **how)
+    return document
+
+
+def _memory(memory: Any) -> dict[str, Any]:
+    return {**asdict(memory), "used_bytes": memory.used_bytes}
+
+
+def _speed(speed: Speed) -> dict[str, Any]:
+    return {
+        "tokens_per_s": speed.tokens_per_s,
+        "seconds": speed.seconds,
+        "hit_rate": speed.hit_rate,
+        "bottleneck": speed.bottleneck,
+        "busy_s": speed.busy,
+    }
+
+
+def _one_more(
+    needs: ModelNeeds, machine: Machine, layout: Layout, tier: str, now: Speed, hits: HitCurve, **how: int
+) -> float | None:
+    """Tokens a second that another GiB of experts brings; None: all of them are there."""
+    from moert.planning.forecast import decode_speed
+    from moert.planning.memory import lay_out
+
+    memory = layout.device if tier == "device" else layout.host
+    assert memory is not None
+    if memory.expert_bytes >= needs.expert_bytes:
+        return None
+    # A machine with as much more, so that the question makes sense where memory is full.
+    more = min(memory.expert_bytes + _GIB, needs.expert_bytes)
+    field = f"{tier}_memory_bytes"
+    larger = replace(machine, **{field: getattr(machine, field) + 2 * _GIB})
+    other = layout.host if tier == "device" else layout.device
+    budgets = {f"{tier}_memory": Budget(nbytes=more)}
+    if other is not None:
+        budgets["host_memory" if tier == "device" else "device_memory"] = Budget(nbytes=other.expert_bytes)
+    try:
+        grown = lay_out(needs, larger, **how, **budgets)  # type: ignore[arg-type]
+    except CapacityError:
+        return None
+    return decode_speed(needs, larger, grown.placement, **how, hits=hits).tokens_per_s - now.tokens_per_s
+
+
+def _command(model: str, document: dict[str, Any]) -> str:
+    words = ["moert", "run", model, "PROMPT", "--host-memory", f"{document['host']['expert_bytes'] >> 20}MiB"]
+    if document["host"]["expert_bytes"] >= document["experts_bytes"]:
+        words[-1] = "100%"
+    if document["device"] is not None:
+        words += ["--device-memory", f"{document['device']['expert_bytes'] >> 20}MiB"]
+    return shlex.join(words)
+
+
+def _print(document: dict[str, Any], console: Console) -> None:
+    console.print()
+    console.print(Text.assemble((document["model"], "bold"), f"  on {document['machine']}"), soft_wrap=True)
+    console.print()
+    table = Table(box=None, pad_edge=False, header_style="bright_black", padding=(0, 2, 0, 0))
+    tiers = [tier for tier in ("device", "host") if document[tier] is not None]
+    table.add_column("")
+    for tier in tiers:
+        table.add_column(tier, justify="right", no_wrap=True)
+    names = {
+        "dense_bytes": "dense weights",
+        "cache_bytes": f"KV cache, {document['batch']} x {document['context']:,} tokens",
+        "workspace_bytes": "workspace",
+        "staging_bytes": "staging",
+        "expert_bytes": f"experts, of {format_bytes(document['experts_bytes'])}",
+        "used_bytes": "in all",
+        "available_bytes": "available",
+    }
+    for key, name in names.items():
+        values = [document[tier][key] for tier in tiers]
+        if any(values):
+            table.add_row(name, *(format_bytes(value) if value else "–" for value in values))
+    console.print(table)
+    console.print()
+    decode, prefill, worst = document["decode"], document["prefill"], document["decode_without_locality"]
+    gains = [
+        f"{gain:+.1f} tokens/s on the {tier}"
+        for tier, gain in document["one_more_gib"].items()
+        if gain is not None and gain > 0.05
+    ]
+    console.print(
+        facts(
+            [
+                ("decode", f"{rate(decode['tokens_per_s'])}, {percent(decode['hit_rate'])} of experts found"),
+                ("at worst", f"{rate(worst['tokens_per_s'])}, if routing prefers no expert"),
+                ("prefill", f"{rate(prefill['tokens_per_s'])} of a prompt of {prefill['prompt_tokens']}"),
+                ("held up by", _PARTS[decode["bottleneck"]]),
+                ("1 GiB more", ", ".join(gains) or "brings nothing"),
+                ("smallest", f"{format_bytes(document['smallest_expert_bytes'])} for experts"),
+                ("run it", document["command"]),
+            ]
+        )
+    )
+    console.print()
+    notes = [f"Speeds are forecasts; of the routing it expects {document['expected_routing']}."]
+    if not document["cache_known"]:
+        notes.append(f"The KV cache is unknown and counted as nothing: {document['cache_problem']}.")
+    for note in notes:
+        console.print(Text(note, style="bright_black"), soft_wrap=True)

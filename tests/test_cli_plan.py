@@ -1,0 +1,152 @@
+"""`moert plan` and `moert simulate --machine`: the numbers add up, and bad input is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_support import Cli, checkpoint
+from report_support import trace, write
+
+from moert.planning.machine import load_machine
+from moert.schedule import Promotion
+from moert.simulate.timed import simulate_time
+
+CARD = "12gb-pcie4"
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    monkeypatch.setenv("COLUMNS", "100")
+    return Cli(capfd)
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(checkpoint(tmp_path_factory.getbasetemp() / "cli", "olmoe"))
+
+
+def plan_of(cli: Cli, *arguments: object) -> dict[str, Any]:
+    ran = cli("plan", *arguments, "--json")
+    assert ran.code == 0, ran.err
+    found: dict[str, Any] = ran.document
+    return found
+
+
+def test_a_plan_adds_up(cli: Cli, folder: str) -> None:
+    for machine in (CARD, "2-core-xeon-disk"):
+        plan = plan_of(cli, folder, "--machine", machine, "--context", 100, "--batch", 3)
+        for tier in (plan["host"], plan["device"]):
+            if tier is not None:
+                parts = ("dense_bytes", "cache_bytes", "workspace_bytes", "staging_bytes", "expert_bytes")
+                assert tier["used_bytes"] == sum(tier[part] for part in parts) <= tier["available_bytes"]
+        assert (plan["device"] is None) == (machine != CARD)
+        assert plan["cache_known"]
+        assert plan["decode"]["tokens_per_s"] == pytest.approx(3 / plan["decode"]["seconds"])
+        assert plan["decode_without_locality"]["tokens_per_s"] <= plan["decode"]["tokens_per_s"]
+        assert plan["command"].startswith(f"moert run {folder} PROMPT --host-memory 100%")
+
+
+def test_a_smaller_budget_is_slower_and_more_would_help(cli: Cli, folder: str) -> None:
+    small = plan_of(cli, folder, "--machine", "2-core-xeon-disk", "--host-memory", "25%")
+    large = plan_of(cli, folder, "--machine", "2-core-xeon-disk", "--host-memory", "75%")
+    assert small["decode"]["tokens_per_s"] < large["decode"]["tokens_per_s"]
+    assert small["host"]["expert_bytes"] == small["experts_bytes"] // 4
+    assert small["reads_from_disk"]
+    assert small["one_more_gib"]["host"] > 0
+    assert small["context"] == 512, "what the model takes"
+
+
+def test_the_plan_of_this_machine_can_be_run(cli: Cli, folder: str) -> None:
+    plan = plan_of(cli, folder, "--host-memory", "50%")
+    assert plan["machine"] == "this"
+    size = plan["host"]["expert_bytes"]
+    ran = cli("run", folder, "one two", "--host-memory", size, "--max-new-tokens", 2, "--json")
+    assert ran.code == 0, ran.err
+
+
+def test_it_is_for_people(cli: Cli, folder: str) -> None:
+    ran = cli("plan", folder, "--machine", CARD)
+    assert ran.code == 0, ran.err
+    for word in ("KV cache, 1 x 512 tokens", "held up by", "1 GiB more", "--device-memory", "forecasts"):
+        assert word in ran.out
+
+
+def test_routing_of_a_trace(cli: Cli, folder: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.safetensors")
+    plan = plan_of(cli, folder, "--machine", "2-core-xeon-disk", "--host-memory", "25%", "--trace", path)
+    assert plan["expected_routing"] == str(path)
+    assert 0 < plan["decode"]["hit_rate"] < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--machine", "nobody"], "no machine named 'nobody'"),
+        (["--machine", CARD, "--context", "100000"], "context=100000 is more than"),
+        (["--machine", CARD, "--host-memory", "1KiB"], "host_memory is 1.0 KiB"),
+        (["--machine", CARD, "--host-memory", "lots"], "host_memory='lots'"),
+        (["--machine", "2-core-xeon-disk", "--device-memory", "1GiB"], "has no device"),
+        (["--machine", CARD, "--context", "0"], "--context"),
+    ],
+)
+def test_bad_input_is_one_line(cli: Cli, folder: str, arguments: list[str], message: str) -> None:
+    ran = cli("plan", folder, *arguments)
+    assert ran.code == 2
+    assert message in ran.error
+
+
+def test_models_that_are_not_here(cli: Cli) -> None:
+    assert "not on this machine yet" in cli("plan", "nobody/nothing", "--machine", CARD).error
+
+
+def test_times_are_those_of_the_timed_replay(cli: Cli, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.safetensors", trace(num_sequences=3))
+    ran = cli("simulate", path, "--policy", "lru,ema", "--capacity", "25%", "--machine", CARD, "--tokens", 60, "--json")
+    assert ran.code == 0, ran.err
+    machine = load_machine(CARD)
+    for row in ran.document["results"]:
+        if row["aside"]:
+            assert "ms_per_token" not in row
+            continue
+        assert row["timed_tokens"] == 60
+        assert row["bound_ms_per_token"] <= row["own_bound_ms_per_token"] <= row["ms_per_token"]
+        assert row["share_of_bound"] == pytest.approx(row["bound_ms_per_token"] / row["ms_per_token"])
+    whole = cli("simulate", path, "--policy", "ema", "--machine", CARD, "--capacity", "25%", "--tokens", 999, "--json")
+    (row,) = (row for row in whole.document["results"] if row["policy"] == "ema")
+    same = simulate_time(
+        path, "ema", "25%", machine.costs(1 << 20), layer_s=machine.layer_start_s, promotion=Promotion()
+    )
+    assert row["ms_per_token"] == pytest.approx(1e3 * same.seconds_per_token)
+    assert row["timed_hit_rate"] == same.hit_rate
+
+
+def test_times_in_the_table(cli: Cli, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.safetensors", trace(num_sequences=2))
+    ran = cli("simulate", path, "--policy", "lru", "--capacity", "25%", "--machine", "2-core-xeon-disk")
+    assert "ms a" in ran.out
+    assert "others on disk" in ran.out
+    assert "ms a" not in cli("simulate", path, "--policy", "lru", "--capacity", "25%").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--machine", "nobody"], "no machine named"),
+        (["--machine", CARD, "--scope", "global"], "leave --scope layer"),
+        (["--machine", CARD, "--reset", "sequence"], "leave --scope layer"),
+        (["--machine", CARD, "--scheduler", "best"], "no scheduler named"),
+        (["--machine", CARD, "--dense-bytes", "10%"], "--dense-bytes"),
+        (["--machine", CARD, "--tokens", "0"], "--tokens"),
+    ],
+)
+def test_bad_machines_are_one_line(cli: Cli, tmp_path: Path, arguments: list[str], message: str) -> None:
+    ran = cli("simulate", write(tmp_path / "t.safetensors"), "--policy", "lru", *arguments)
+    assert ran.code == 2
+    assert message in ran.error
+
+
+def test_unknown_sizes_have_no_time(cli: Cli, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.safetensors", trace(num_sequences=1, expert_bytes=0))
+    assert "--expert-bytes" in cli("simulate", path, "--policy", "lru", "--machine", CARD).error
