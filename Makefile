@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# The one that this torch is made for; a torch for CUDA brings its own.
+TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -16,6 +18,12 @@ NATIVE := $(MAKE) --no-print-directory -j$(shell nproc) -f tests/native/native.m
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64-static
 
+# Processes that share the tests.
+WORKERS ?= auto
+
+# Options of bench/kernel_check.py, as --quick.
+KERNEL_CHECK ?=
+
 comma := ,
 # address looks at the native checks and at the tests of the extension, thread at the native checks alone.
 SANITIZER ?= address
@@ -24,13 +32,14 @@ SANITIZE_FLAGS := -g1 -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all \
     -fsanitize=$(if $(filter thread,$(SANITIZER)),thread,address$(comma)undefined)
 SANITIZED_TESTS ?= $(wildcard tests/test_kernels_*.py tests/test_pool.py tests/test_tiers_native.py)
 
-.PHONY: help venv demo test test-slow check docs format clean native-check aarch64-check sanitize sanitize-python
+.PHONY: help venv demo test test-slow check kernels docs format clean native-check aarch64-check sanitize sanitize-python
 
 help:
 	@echo "make venv   set up $(VENV) with all that the demo, the tests and the benchmarks need"
 	@echo "make demo   venv, then the demo"
 	@echo "make test   venv, then the tests (test-slow: the long ones)"
 	@echo "make check  lint, format, types"
+	@echo "make kernels        compile the Triton kernels for every GPU architecture, none needed"
 	@echo "make native-check   checks of csrc/ in C++ (aarch64-check: the same for aarch64, emulated)"
 	@echo "make sanitize       those and the tests of csrc/ with a sanitiser; SANITIZER=thread: data races"
 	@echo "make docs   write docs/families.md anew"
@@ -51,7 +60,8 @@ $(VENV)/.torch: | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.installed: pyproject.toml setup.py $(SOURCES) | $(VENV)/.torch
-	$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' > $(VENV)/constraints.txt
+	$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch")); \
+	    print(*[f"triton=={d.version}" for d in m.distributions(name="triton")] or ["$(TRITON)"])' > $(VENV)/constraints.txt
 	$(PIP) install --no-build-isolation -c $(VENV)/constraints.txt -e ".[test,dev]"
 	touch $@
 
@@ -59,7 +69,7 @@ demo: venv
 	$(BIN)/moert demo
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
@@ -71,6 +81,9 @@ check: venv
 	ln -s $(addprefix $(CURDIR)/,$(wildcard moert/*) kernels predictors) $(TYPETREE)/moert/
 	cd $(TYPETREE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p moert
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(NATIVE_SOURCES)
+
+kernels: venv
+	$(BIN)/python bench/kernel_check.py $(KERNEL_CHECK)
 
 native-check:
 	$(NATIVE) BUILD=build/native run

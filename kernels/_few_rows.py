@@ -24,6 +24,7 @@ def products(
     zeros_stride: tl.tensor,
     slots: tl.tensor,
     rows: tl.tensor,
+    row_mask: tl.tensor,
     N: tl.constexpr,
     K: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -35,10 +36,11 @@ def products(
 ) -> tl.tensor:
     """x[x_rows[p]] times row rows[n] of the weight in slots[p] -> fp32 [BLOCK_P, BLOCK_N].
 
-    0 for slots below 0 and rows beyond N, of which nothing is read. `x_rows` [BLOCK_P] and `slots` [BLOCK_P] are int64,
-    `rows` [BLOCK_N] int32. `GROUP` divides `BLOCK_K`, but for plain weights, which have none.
+    0 for slots below 0 and where `row_mask` is false, of which nothing is read. `x_rows` and `slots` [BLOCK_P] are
+    int64, `rows` and `row_mask` [BLOCK_N] int32 and bool. `GROUP` divides `BLOCK_K`, but for plain weights, which have
+    none.
     """
-    wanted = (slots >= 0)[:, None] & (rows < N)[None, :]
+    wanted = (slots >= 0)[:, None] & row_mask[None, :]
     x_begin = x_ptr + x_rows * K
     codes_begin = codes_ptr + slots * codes_stride
     if FORMAT == "plain":
@@ -53,9 +55,7 @@ def products(
             weights = tl.load(
                 codes_begin[:, None, None] + places[None, :, :], mask=wanted[:, :, None] & inside, other=0.0
             )
-            x = tl.load(
-                x_begin[:, None, None] + k[None, None, :], mask=(slots >= 0)[:, None, None] & inside, other=0.0
-            )
+            x = tl.load(x_begin[:, None, None] + k[None, None, :], mask=(slots >= 0)[:, None, None] & inside, other=0.0)
             sums += weights.to(tl.float32) * x.to(tl.float32)
         result = tl.sum(sums, axis=2)
     else:

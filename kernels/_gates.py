@@ -31,9 +31,6 @@ def _tanh(x: tl.tensor) -> tl.tensor:
 @triton.jit
 def _erf(x: tl.tensor) -> tl.tensor:
     """A rational function of x, correct to a few units in the last place of fp32 (the one of Eigen and XLA)."""
-    # Beyond this bound erf is 1 to fp32; comparisons, unlike a minimum, let NaN through.
-    x = tl.where(x > 3.832506856900711, 3.832506856900711, x)
-    x = tl.where(x < -3.832506856900711, -3.832506856900711, x)
     square = x * x
     above = 0.0034082910107109506 + square * 0.00022905065861350646
     above = 0.18520832239976145 + square * (0.050955695062380861 + square * above)
@@ -41,7 +38,9 @@ def _erf(x: tl.tensor) -> tl.tensor:
     below = 0.0010179625278914885 + square * (0.000023547966471313185 - square * 1.1791602954361697e-7)
     below = 0.11098505178285362 + square * (0.014070470171167667 + square * below)
     below = 1.0 + square * (0.49746925110067538 + square * below)
-    return above / below
+    # From this bound on erf is 1 to fp32. NaN is neither above nor below it.
+    y = tl.where(x > 3.832506856900711, 1.0, above / below)
+    return tl.where(x < -3.832506856900711, -1.0, y)
 
 
 @triton.jit

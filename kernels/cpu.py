@@ -286,7 +286,7 @@ class ExpertFfn:
                 f"{weights.dtype}, and the places {list(places)} within them"
             )
         begin = weights.data_ptr()
-        groups = [
+        groups: list[tuple[object, int, int | None, int | None, int | None]] = [
             (expert.capsule, 1, None, begin + 4 * place, None) for expert, place in zip(experts, places, strict=True)
         ]
         _C.ffn_run(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
 
+from moert.kernels.bank import Bank, BankMatrix
 from moert.kernels.gate import Gate
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -79,3 +80,75 @@ _ACTIVATIONS: dict[str, Activation] = {
     "tanh": torch.tanh,
     "identity": lambda x: x,
 }
+
+
+def decode_gate_up(
+    bank: Bank, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, slot_of: torch.Tensor
+) -> torch.Tensor:
+    """What goes into the down product, for every pick: fp64 [T * K, F] on the CPU, NaN for picks that are not computed.
+
+    Arguments as for `kernels.decode_gate_up.decode_gate_up`, on any device.
+    """
+    ids, weights = ids.cpu(), weights.cpu()
+    h = torch.full((ids.numel(), bank.width), torch.nan, dtype=torch.float64)
+    for pick, slot in computed_picks(bank, ids, weights, slot_of):
+        h[pick] = gate(bank.gate, _product(bank.up, slot, x[pick // ids.shape[1]]))
+    return h
+
+
+def decode_down(
+    bank: Bank, h: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, slot_of: torch.Tensor
+) -> torch.Tensor:
+    """The sum over each token's picks of their experts' outputs times their weights: fp64 [T, D] on the CPU.
+
+    Arguments as for `kernels.decode_down.decode_down`, on any device.
+    """
+    ids, weights = ids.cpu(), weights.cpu()
+    y = torch.zeros(ids.shape[0], bank.hidden, dtype=torch.float64)
+    for pick, slot in computed_picks(bank, ids, weights, slot_of):
+        y[pick // ids.shape[1]] += weights.flatten()[pick].double() * _product(bank.down, slot, h[pick])
+    return y
+
+
+def computed_picks(
+    bank: Bank, ids: torch.Tensor, weights: torch.Tensor, slot_of: torch.Tensor
+) -> Iterator[tuple[int, int]]:
+    """Each pick (its place in ids, flattened) that has something to compute, and the slot of its expert.
+
+    The others: ids outside 0 to E - 1, experts whose slot is not one of the bank's, and weights of 0.
+    """
+    slots = slot_of.tolist()
+    for pick, (expert, weight) in enumerate(zip(ids.flatten().tolist(), weights.flatten().tolist(), strict=True)):
+        if 0 <= expert < len(slots) and 0 <= slots[expert] < bank.slots and weight != 0:
+            yield pick, slots[expert]
+
+
+def bank_weight(matrix: BankMatrix, slot: int) -> torch.Tensor:
+    """The weight [N, K] of a slot in fp64 on the CPU: what its codes stand for, exactly."""
+    codes = matrix.codes[slot].cpu()
+    if matrix.scales is None:
+        return (codes.T if matrix.transposed else codes).double()
+    scales = matrix.scales[slot].cpu()
+    if matrix.format == "fp8":
+        numbers = codes.view(torch.float8_e4m3fn).double()
+        rows = scales.double().repeat_interleave(matrix.group, 0)[: matrix.n]
+        return numbers * rows.repeat_interleave(matrix.group, 1)[:, : matrix.k]
+    if matrix.format == "int8":
+        numbers = codes.double()
+    else:
+        numbers = torch.stack([codes & 15, codes >> 4], -1).flatten(1).double()
+    groups = numbers.unflatten(1, (-1, matrix.group))
+    if matrix.format == "int4":
+        groups = groups - (8 if matrix.zeros is None else matrix.zeros[slot].cpu().double().unsqueeze(-1))
+    elif matrix.format == "mxfp4":
+        groups = _E2M1[groups.long()]
+        scales = torch.where(scales == 255, torch.nan, torch.exp2(scales.double() - 127))
+    return (groups * scales.double().unsqueeze(-1)).flatten(1)
+
+
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+
+
+def _product(matrix: BankMatrix, slot: int, x: torch.Tensor) -> torch.Tensor:
+    y = bank_weight(matrix, slot) @ x.cpu().double()
+    return y if matrix.bias is None else y + matrix.bias[slot].cpu().double()

@@ -8,18 +8,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from families import Zoo
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 from hypothesis import settings
 
 from moert import _C
 
+# Triton's kernels are made for its interpreter or for a GPU when triton is imported, which nothing has done yet.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 settings.register_profile("moert", deadline=None, print_blob=True)
 settings.load_profile("moert")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture
@@ -42,7 +53,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def tiny_olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An OLMoE of 2 layers, 8 experts, top-2, D = 64, F = 32 in fp32, in several shards with an index. Read only."""
-    import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     folder = tmp_path_factory.mktemp("tiny") / "olmoe"
@@ -77,8 +87,6 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
 @pytest.fixture
 def load(zoo: Zoo) -> Iterator[Callable[..., Any]]:
     """`load(family_or_path, **options)`: the checkpoint loaded by moert, closed when the test ends."""
-    import torch
-
     import moert
 
     loaded = []

@@ -26,7 +26,9 @@ class GrowingLayer(DynamicLayer):
     or is shared, the next one goes into new memory. Copies and pickles of it are plain `DynamicLayer`s.
     """
 
-    _room: tuple[torch.Tensor, torch.Tensor] | None = None
+    keys: Any
+    values: Any
+    _room: tuple[torch.Tensor, ...] | None = None
     _filled = 0
     """Tokens that have been written to `_room`."""
 
@@ -34,24 +36,19 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `DynamicLayer.update`: the new tokens behind those there are. The result is valid for good."""
-        if not (self.is_initialized and _is_plain(key_states) and _is_plain(value_states) and self._fits(key_states)):
+        if not (self.is_initialized and _fit(self.keys, key_states) and _fit(self.values, value_states)):
             self._room = None
-            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().update(key_states, value_states, *args, **kwargs)
         before = self.keys.shape[-2]
         after = before + key_states.shape[-2]
         if self._room is None or not self._is_whole(before) or after > self._room[0].shape[-2]:
             n_rows = max(int(GROWTH * after), after + LEAST_ROOM)
-            self._room = tuple(_with_room(old, n_rows) for old in (self.keys, self.values))  # type: ignore[assignment]
-        assert self._room is not None
+            self._room = tuple(_with_room(old, n_rows) for old in (self.keys, self.values))
         for room, new in zip(self._room, (key_states, value_states), strict=True):
             room[:, :, before:after] = new
         self._filled = after
         self.keys, self.values = (room[:, :, :after] for room in self._room)
         return self.keys, self.values
-
-    def _fits(self, new: torch.Tensor) -> bool:
-        """Whether what is cached is of the same kind; nothing is yet in a layer that was just made."""
-        return self.keys.dim() == 4 and _is_plain(self.keys) and _is_plain(self.values) and self.keys.dtype is new.dtype
 
     def _is_whole(self, length: int) -> bool:
         """Whether `keys` and `values` are what `_room` was filled with, all of it."""
@@ -77,6 +74,18 @@ def _plain(state: dict[str, Any]) -> DynamicLayer:
     layer = DynamicLayer()
     vars(layer).update(state)
     return layer
+
+
+def _fit(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether tokens are to be written behind others of their kind; a layer that was just made has none."""
+    return (
+        _is_plain(old)
+        and _is_plain(new)
+        and old.dim() == new.dim() == 4
+        and old.dtype is new.dtype
+        and old.shape[:2] == new.shape[:2]
+        and old.shape[3] == new.shape[3]
+    )
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,178 @@
+"""Rows copied from pinned host memory, or within a device, by a kernel that reads on the device which ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from moert.kernels._launch import CompileSpec, Launch
+from moert.kernels.dispatch import check_tensor
+
+PROGRAMS = 8
+"""For each pair of tensors. A few are enough to have as many bytes on their way as the link takes."""
+
+_BLOCK_BYTES = 16384
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, eq=False)
+class RowTable:
+    """Where rows are and go, on the device; made by `row_table`. Keeps the tensors alive."""
+
+    numbers: torch.Tensor
+    """int64 [P, 7]: source and destination address, bytes from one row to the next in either, bytes of a row, rows in
+    either."""
+    pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+@triton.jit
+def _kernel(
+    numbers_ptr: tl.tensor,
+    sources_ptr: tl.tensor,
+    destinations_ptr: tl.tensor,
+    count_ptr: tl.tensor,
+    PROGRAMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    pair = tl.program_id(0)
+    # An address from a table says nothing of its alignment; unless told, loads are of 4 bytes.
+    source = tl.multiple_of(tl.load(numbers_ptr + pair * 7).to(tl.pointer_type(tl.int32)), 16)
+    destination = tl.multiple_of(tl.load(numbers_ptr + pair * 7 + 1).to(tl.pointer_type(tl.int32)), 16)
+    source_step = tl.multiple_of(tl.load(numbers_ptr + pair * 7 + 2) // 4, 4)
+    destination_step = tl.multiple_of(tl.load(numbers_ptr + pair * 7 + 3) // 4, 4)
+    words = tl.multiple_of(tl.load(numbers_ptr + pair * 7 + 4) // 4, 4)
+    source_rows = tl.load(numbers_ptr + pair * 7 + 5)
+    destination_rows = tl.load(numbers_ptr + pair * 7 + 6)
+    pieces = (words + BLOCK - 1) // BLOCK
+    total = tl.load(count_ptr) * pieces
+    for piece in range(tl.program_id(1), total, PROGRAMS):
+        row = piece // pieces
+        place = (piece - row * pieces) * BLOCK + tl.arange(0, BLOCK)
+        source_row = tl.load(sources_ptr + row).to(tl.int64)
+        destination_row = tl.load(destinations_ptr + row).to(tl.int64)
+        known = (source_row >= 0) & (source_row < source_rows)
+        known = known & (destination_row >= 0) & (destination_row < destination_rows)
+        mask = (place < words) & known
+        values = tl.load(source + source_row * source_step + place, mask=mask, eviction_policy="evict_first")
+        tl.store(destination + destination_row * destination_step + place, values, mask=mask)
+
+
+def row_table(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device | str) -> RowTable:
+    """Source and destination of every tensor of a record, for `copy_rows` on a device. Waits for the device.
+
+    Args:
+        pairs: tensors [rows, ...] of one dtype and row shape each; rows contiguous, any distance apart. Sources in
+            pinned memory or on the device, destinations on the device. Addresses, distances and rows are multiples of
+            16 bytes.
+
+    Raises:
+        ValueError: shapes, dtypes, layouts or alignments that do not fit, or memory that the device cannot reach.
+    """
+    device = torch.device(device)
+    if not pairs:
+        raise ValueError("there are no tensors to copy rows of")
+    numbers = []
+    for place, (source, destination) in enumerate(pairs):
+        if source.dtype != destination.dtype or source.shape[1:] != destination.shape[1:]:
+            raise ValueError(
+                f"pair {place}: rows of {source.dtype} {list(source.shape[1:])} do not fit into "
+                f"{destination.dtype} {list(destination.shape[1:])}"
+            )
+        if destination.device != device or not (source.device == device or source.is_pinned()):
+            raise ValueError(
+                f"pair {place}: from {source.device}{', not pinned,' if source.device.type == 'cpu' else ''} to "
+                f"{destination.device}; kernels on {device} reach its memory and pinned memory"
+            )
+        row_bytes = 0
+        for name, tensor in (("source", source), ("destination", destination)):
+            if tensor.dim() < 2 or not tensor.numel() or not tensor[0].is_contiguous():
+                raise ValueError(
+                    f"pair {place}: the {name} {list(tensor.shape)} of strides {tensor.stride()} must be contiguous "
+                    f"rows with numbers in them"
+                )
+            row_bytes = tensor[0].numel() * tensor.element_size()
+            step_bytes = tensor.stride(0) * tensor.element_size() if tensor.shape[0] > 1 else row_bytes
+            if step_bytes < row_bytes:
+                raise ValueError(
+                    f"pair {place}: the rows of the {name} overlap, {step_bytes} of {row_bytes} bytes apart"
+                )
+            for what, number in (
+                ("address", tensor.data_ptr() if device.type != "meta" else 0),
+                ("distance of rows", step_bytes),
+                ("size of rows", row_bytes),
+            ):
+                if number % _ALIGNMENT:
+                    raise ValueError(f"pair {place}: {name}, {what} {number} is no multiple of {_ALIGNMENT} bytes")
+        numbers.append(
+            [
+                source.data_ptr() if device.type != "meta" else 0,
+                destination.data_ptr() if device.type != "meta" else 0,
+                source.stride(0) * source.element_size(),
+                destination.stride(0) * destination.element_size(),
+                row_bytes,
+                source.shape[0],
+                destination.shape[0],
+            ]
+        )
+    return RowTable(torch.tensor(numbers, dtype=torch.int64).to(device), tuple(pairs))
+
+
+def copy_rows(
+    table: RowTable, sources: torch.Tensor, destinations: torch.Tensor, count: torch.Tensor, *, programs: int = PROGRAMS
+) -> None:
+    """Copy row `sources[i]` of every source to row `destinations[i]` of its destination, for each i below `count`.
+
+    Reads the host's memory over the link itself (unified addresses, Linux), so that a CUDA graph which decides on the
+    device what to fetch can fetch it: see `Plan`. Pairs of rows with a number outside the tensors are passed over.
+    `destinations` must not repeat. Does not wait for the device; sources must stay as they are until it has run.
+
+    The kernel that copies inside the graph is FreeToken's idea (2026).
+
+    Args:
+        table: of the tensors.
+        sources, destinations: int32 [M] on the device.
+        count: int32 [1] on the device, at most M.
+        programs: how many share each tensor's rows.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or layouts that do not fit.
+        KernelUnavailableError: the device cannot run it.
+    """
+    _launch(table, sources, destinations, count, programs).run(table.numbers.device)
+
+
+def _launch(
+    table: RowTable, sources: torch.Tensor, destinations: torch.Tensor, count: torch.Tensor, programs: int
+) -> Launch:
+    device = table.numbers.device
+    for name, tensor in (("sources", sources), ("destinations", destinations), ("count", count)):
+        check_tensor(name, tensor, 1, (torch.int32,), device)
+    if sources.shape != destinations.shape or count.numel() != 1:
+        raise ValueError(
+            f"{sources.numel()} sources, {destinations.numel()} destinations and {count.numel()} counts: the first two "
+            f"belong together, and there is one count"
+        )
+    if programs < 1:
+        raise ValueError(f"programs={programs} must be at least 1")
+    arguments = {
+        "numbers_ptr": table.numbers,
+        "sources_ptr": sources,
+        "destinations_ptr": destinations,
+        "count_ptr": count,
+        "PROGRAMS": programs,
+        "BLOCK": _BLOCK_BYTES // 4,
+    }
+    return Launch(_kernel, (len(table.pairs), programs), arguments, {"num_warps": 16})
+
+
+def compile_specs(capability: int) -> list[CompileSpec]:
+    """What the compile check compiles for a compute capability."""
+    rows = torch.empty(4, 64, dtype=torch.int32, device="meta")
+    lists = torch.empty(8, dtype=torch.int32, device="meta")
+    count = torch.empty(1, dtype=torch.int32, device="meta")
+    launch = _launch(row_table([(rows, rows)], "meta"), lists, lists, count, PROGRAMS)
+    return [CompileSpec("copy_rows", launch, needs=("load128",))]

@@ -1,0 +1,172 @@
+"""Which slots an event's misses take, by a moving average of use, decided on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from moert.errors import ConfigError
+from moert.kernels._launch import CompileSpec, Launch
+from moert.kernels.planning import (
+    Plan,
+    Residents,
+    event_experts,
+    move_in,
+    new_plan,
+    new_residents,
+    plan_arguments,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class EmaState:
+    """A layer's cache; made by `new_ema`, changed by `plan_ema`."""
+
+    residents: Residents
+    scores: torch.Tensor
+    """fp64 [E]: the moving average of each expert, resident or not. In fp32 it would forget what the policy knows."""
+    last_uses: torch.Tensor
+    """int64 [E]: the number of each expert's last use, 0 for never."""
+    rates: torch.Tensor
+    """fp64 [2]: 1 - alpha and alpha."""
+
+
+def new_ema(experts: int, slots: int, device: torch.device | str, alpha: float = 0.03) -> EmaState:
+    """An empty cache of a layer on a device.
+
+    Raises:
+        ValueError: not 1 to 8192 of each.
+        ConfigError: alpha is not between 0 and 1.
+    """
+    if not 0 < alpha < 1:
+        raise ConfigError(f"alpha={alpha} must be above 0 and below 1")
+    return EmaState(
+        new_residents(experts, slots, device),
+        torch.zeros(experts, dtype=torch.float64, device=device),
+        torch.zeros(experts, dtype=torch.int64, device=device),
+        torch.tensor([1 - alpha, alpha], dtype=torch.float64).to(device),
+    )
+
+
+@triton.jit(do_not_specialize=["count", "experts", "slots"])
+def _kernel(
+    ids_ptr: tl.tensor,
+    slot_of_ptr: tl.tensor,
+    owner_ptr: tl.tensor,
+    scores_ptr: tl.tensor,
+    last_uses_ptr: tl.tensor,
+    rates_ptr: tl.tensor,
+    marks_ptr: tl.tensor,
+    counters_ptr: tl.tensor,
+    out_experts_ptr: tl.tensor,
+    out_slots_ptr: tl.tensor,
+    out_victims_ptr: tl.tensor,
+    out_count_ptr: tl.tensor,
+    too_many_ptr: tl.tensor,
+    count: tl.tensor,
+    experts: tl.tensor,
+    slots: tl.tensor,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    event = tl.load(counters_ptr) + 1
+    uses = tl.load(counters_ptr + 1)
+    wanted = event_experts(ids_ptr, marks_ptr, event, count, experts, BLOCK_R, BLOCK_E)
+    e = tl.arange(0, BLOCK_E)
+    slot_of = tl.load(slot_of_ptr + e, mask=wanted, other=-1)
+    missed = wanted & (slot_of < 0)
+    size = tl.sum(wanted.to(tl.int32), axis=0)
+    fits = size <= slots
+    misses = tl.where(fits, tl.sum(missed.to(tl.int32), axis=0), 0)
+    tl.store(counters_ptr, event)
+    tl.store(too_many_ptr, tl.where(fits, 0, size))
+    tl.store(out_count_ptr, misses)
+    # An event without experts is none, for the policy too.
+    if fits & (size > 0):
+        scores = tl.load(scores_ptr + e, mask=e < experts, other=0.0) * tl.load(rates_ptr)
+        scores = tl.where(wanted, scores + tl.load(rates_ptr + 1), scores)
+        tl.store(scores_ptr + e, scores, mask=e < experts)
+        tl.store(last_uses_ptr + e, uses + tl.cumsum(wanted.to(tl.int32), axis=0), mask=wanted)
+        tl.store(counters_ptr + 1, uses + size)
+    tl.debug_barrier()  # both are read again, by slot
+    s = tl.arange(0, BLOCK_S)
+    owner = tl.load(owner_ptr + s, mask=s < slots, other=-1)
+    owned = owner >= 0
+    score = tl.load(scores_ptr + owner, mask=owned, other=-1.0)
+    last_use = tl.load(last_uses_ptr + owner, mask=owned, other=0)
+    locked = tl.load(marks_ptr + owner, mask=owned, other=0) == event
+    score = tl.where(locked | (s >= slots), float("inf"), score)
+    # Free slots score less than anything, the lowest first.
+    last_use = tl.where(owned, last_use, s.to(tl.int64))
+    expert = -1
+    for place in range(misses):
+        lowest = score == tl.min(score, axis=0)
+        oldest = lowest & (last_use == tl.min(tl.where(lowest, last_use, 1 << 62), axis=0))
+        # Only those never used can be equal even now.
+        victim = tl.min(tl.where(oldest, owner, 1 << 30), axis=0)
+        slot = tl.min(tl.where(oldest & (owner == victim), s, BLOCK_S), axis=0)
+        expert = tl.min(tl.where(missed & (e > expert), e, BLOCK_E), axis=0)
+        score = tl.where(s == slot, float("inf"), score)
+        move_in(
+            expert,
+            slot,
+            victim,
+            place,
+            slot_of_ptr,
+            owner_ptr,
+            out_experts_ptr,
+            out_slots_ptr,
+            out_victims_ptr,
+        )
+
+
+def plan_ema(state: EmaState, ids: torch.Tensor) -> Plan:
+    """Take an event, and give its misses the slots of those that lately were in the fewest events.
+
+    Step for step what `moert.policies.ema.EMA` decides for one layer's cache when `moert.turnover` drives it; of equal
+    scores the least recently used leaves, of an event's experts the lower id. Both compute in fp64, the policy from
+    the event of an expert's last use, this event by event. Experts that were in the same events score the same in both
+    to the last bit. Others score the same but for rounding, so the two agree on all whose scores differ by more than
+    about 1e-12 of themselves; below 1e-300, after some 20,000 events without a use, the policy goes on telling them
+    apart and this does not. Free slots come first, the lowest before the others. An event of more experts than slots
+    changes nothing and says so. One program, a loop over the misses; a CUDA graph may capture it. Does not wait for the
+    device.
+
+    Args:
+        state: of the layer that the event is of, changed in place.
+        ids: [T, K] int32 or int64; numbers outside 0 to E - 1 are no experts.
+
+    Returns:
+        New memory.
+
+    Raises:
+        ValueError: ids of the wrong dtype, layout or device.
+        KernelUnavailableError: the device cannot run it.
+    """
+    launch, plan = _launch(state, ids)
+    launch.run(ids.device)
+    return plan
+
+
+def _launch(state: EmaState, ids: torch.Tensor) -> tuple[Launch, Plan]:
+    plan = new_plan(state.residents, ids)
+    arguments = {
+        **plan_arguments(state.residents, plan, ids),
+        "scores_ptr": state.scores,
+        "last_uses_ptr": state.last_uses,
+        "rates_ptr": state.rates,
+    }
+    return Launch(_kernel, (1,), arguments, {"num_warps": 4 if state.residents.slots <= 1024 else 8}), plan
+
+
+def compile_specs(capability: int) -> list[CompileSpec]:
+    """What the compile check compiles for a compute capability."""
+    ids = torch.empty(8, 8, dtype=torch.int64, device="meta")
+    return [
+        CompileSpec(f"plan_ema[{experts},{slots}]", _launch(new_ema(experts, slots, "meta"), ids)[0])
+        for experts, slots in ((128, 96), (512, 512))
+    ]

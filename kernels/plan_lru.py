@@ -1,0 +1,144 @@
+"""Which slots an event's misses take, least recently used first, decided on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from moert.kernels._launch import CompileSpec, Launch
+from moert.kernels.planning import (
+    Plan,
+    Residents,
+    event_experts,
+    move_in,
+    new_plan,
+    new_residents,
+    plan_arguments,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LruState:
+    """A layer's cache; made by `new_lru`, changed by `plan_lru`."""
+
+    residents: Residents
+    stamps: torch.Tensor
+    """int64 [S]: the number of the last use of what is in each slot."""
+
+
+def new_lru(experts: int, slots: int, device: torch.device | str) -> LruState:
+    """An empty cache of a layer on a device.
+
+    Raises:
+        ValueError: not 1 to 8192 of each.
+    """
+    return LruState(new_residents(experts, slots, device), torch.zeros(slots, dtype=torch.int64, device=device))
+
+
+@triton.jit(do_not_specialize=["count", "experts", "slots"])
+def _kernel(
+    ids_ptr: tl.tensor,
+    slot_of_ptr: tl.tensor,
+    owner_ptr: tl.tensor,
+    stamps_ptr: tl.tensor,
+    marks_ptr: tl.tensor,
+    counters_ptr: tl.tensor,
+    out_experts_ptr: tl.tensor,
+    out_slots_ptr: tl.tensor,
+    out_victims_ptr: tl.tensor,
+    out_count_ptr: tl.tensor,
+    too_many_ptr: tl.tensor,
+    count: tl.tensor,
+    experts: tl.tensor,
+    slots: tl.tensor,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    event = tl.load(counters_ptr) + 1
+    uses = tl.load(counters_ptr + 1)
+    wanted = event_experts(ids_ptr, marks_ptr, event, count, experts, BLOCK_R, BLOCK_E)
+    e = tl.arange(0, BLOCK_E)
+    slot_of = tl.load(slot_of_ptr + e, mask=wanted, other=-1)
+    hit = wanted & (slot_of >= 0)
+    missed = wanted & (slot_of < 0)
+    hits = tl.sum(hit.to(tl.int32), axis=0)
+    misses = tl.sum(missed.to(tl.int32), axis=0)
+    fits = hits + misses <= slots
+    tl.store(counters_ptr, event)
+    tl.store(too_many_ptr, tl.where(fits, 0, hits + misses))
+    misses = tl.where(fits, misses, 0)
+    tl.store(out_count_ptr, misses)
+    if fits:
+        rank = tl.cumsum(hit.to(tl.int32), axis=0) - 1
+        tl.store(stamps_ptr + slot_of, uses + rank, mask=hit)
+        tl.store(counters_ptr + 1, uses + hits + misses)
+    tl.debug_barrier()  # stamps are read again, by slot
+    s = tl.arange(0, BLOCK_S)
+    owner = tl.load(owner_ptr + s, mask=s < slots, other=-1)
+    # Free slots first. There are as many slots as the event has experts, so none of its own is reached.
+    age = tl.load(stamps_ptr + s, mask=s < slots, other=0)
+    age = tl.where(owner < 0, s.to(tl.int64) - (1 << 62), age)
+    age = tl.where(s < slots, age, (1 << 62))
+    expert = -1
+    for place in range(misses):
+        slot = tl.argmin(age, axis=0).to(tl.int32)
+        victim = tl.sum(tl.where(s == slot, owner, 0), axis=0)
+        expert = tl.min(tl.where(missed & (e > expert), e, BLOCK_E), axis=0)
+        age = tl.where(s == slot, (1 << 62), age)
+        tl.store(stamps_ptr + slot, uses + hits + place)
+        move_in(
+            expert,
+            slot,
+            victim,
+            place,
+            slot_of_ptr,
+            owner_ptr,
+            out_experts_ptr,
+            out_slots_ptr,
+            out_victims_ptr,
+        )
+
+
+def plan_lru(state: LruState, ids: torch.Tensor) -> Plan:
+    """Take an event, and give its misses the slots of those whose last event is longest ago.
+
+    Step for step what `moert.policies.lru.LRU` decides when `moert.turnover` drives it: every expert counts once an
+    event, hits are older than misses, and of each the lower id is the older. Free slots come first, the lowest before
+    the others. An event of more experts than slots changes nothing and says so. One program, a loop over the misses; a
+    CUDA graph may capture it. Does not wait for the device.
+
+    A planner on the device is FreeToken's (2026) and vLLM's expert pool's idea.
+
+    Args:
+        state: of the layer that the event is of, changed in place.
+        ids: [T, K] int32 or int64; numbers outside 0 to E - 1 are no experts.
+
+    Returns:
+        New memory.
+
+    Raises:
+        ValueError: ids of the wrong dtype, layout or device.
+        KernelUnavailableError: the device cannot run it.
+    """
+    launch, plan = _launch(state, ids)
+    launch.run(ids.device)
+    return plan
+
+
+def _launch(state: LruState, ids: torch.Tensor) -> tuple[Launch, Plan]:
+    plan = new_plan(state.residents, ids)
+    arguments = {**plan_arguments(state.residents, plan, ids), "stamps_ptr": state.stamps}
+    return Launch(_kernel, (1,), arguments, {"num_warps": 4 if state.residents.slots <= 1024 else 8}), plan
+
+
+def compile_specs(capability: int) -> list[CompileSpec]:
+    """What the compile check compiles for a compute capability."""
+    ids = torch.empty(8, 8, dtype=torch.int64, device="meta")
+    return [
+        CompileSpec(f"plan_lru[{experts},{slots}]", _launch(new_lru(experts, slots, "meta"), ids)[0])
+        for experts, slots in ((128, 96), (8192, 4096))
+    ]

@@ -1,0 +1,149 @@
+"""What the device-side planners share: an event's hits and misses, and their results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from moert.kernels._launch import power_of_2_from
+from moert.kernels.dispatch import check_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Residents:
+    """Which experts of a layer have a slot; on the device, changed in place by the planner that it is given to."""
+
+    slot_of: torch.Tensor
+    """int32 [E]: the slot of each expert, -1 for none. What the other kernels take."""
+    owner: torch.Tensor
+    """int32 [S]: the expert in each slot, -1 for none."""
+    marks: torch.Tensor
+    """int64 [E]: the last event that each expert was in."""
+    counters: torch.Tensor
+    """int64 [2]: events so far, and uses of experts so far."""
+
+    @property
+    def experts(self) -> int:
+        return self.slot_of.numel()
+
+    @property
+    def slots(self) -> int:
+        return self.owner.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What an event's misses change; on the device. Entries from `count` on are not set."""
+
+    experts: torch.Tensor
+    """int32 [M], those that come, ascending. With `slots` and `count` what `copy_rows` takes."""
+    slots: torch.Tensor
+    """int32 [M], where to."""
+    victims: torch.Tensor
+    """int32 [M], the experts that leave those slots, -1 where a slot was free."""
+    count: torch.Tensor
+    """int32 [1]."""
+    too_many: torch.Tensor
+    """int32 [1]: 0, or how many experts the event has if there are more than slots. Then nothing was changed."""
+
+
+def new_residents(experts: int, slots: int, device: torch.device | str) -> Residents:
+    """None so far.
+
+    Raises:
+        ValueError: not at least one of each, or more than a program can hold.
+    """
+    if not (1 <= experts <= MOST and 1 <= slots <= MOST):
+        raise ValueError(f"{experts} experts and {slots} slots: planners take 1 to {MOST} of each")
+    return Residents(
+        torch.full((experts,), -1, dtype=torch.int32, device=device),
+        torch.full((slots,), -1, dtype=torch.int32, device=device),
+        torch.zeros(experts, dtype=torch.int64, device=device),
+        torch.zeros(2, dtype=torch.int64, device=device),
+    )
+
+
+MOST = 8192
+"""Experts and slots that one program can plan for."""
+
+
+def new_plan(residents: Residents, ids: torch.Tensor) -> Plan:
+    """Room for the misses of an event, once its ids are checked.
+
+    Raises:
+        ValueError: ids of the wrong dtype, layout or device.
+    """
+    check_tensor("ids", ids, 2, (torch.int32, torch.int64), residents.slot_of.device)
+    most = max(1, min(ids.numel(), residents.experts, residents.slots))
+
+    def new(size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int32, device=ids.device)
+
+    return Plan(new(most), new(most), new(most), new(1), new(1))
+
+
+def plan_arguments(residents: Residents, plan: Plan, ids: torch.Tensor) -> dict[str, object]:
+    """What both planners' kernels take."""
+    return {
+        "ids_ptr": ids,
+        "slot_of_ptr": residents.slot_of,
+        "owner_ptr": residents.owner,
+        "marks_ptr": residents.marks,
+        "counters_ptr": residents.counters,
+        "out_experts_ptr": plan.experts,
+        "out_slots_ptr": plan.slots,
+        "out_victims_ptr": plan.victims,
+        "out_count_ptr": plan.count,
+        "too_many_ptr": plan.too_many,
+        "count": ids.numel(),
+        "experts": residents.experts,
+        "slots": residents.slots,
+        "BLOCK_R": min(1024, power_of_2_from(ids.numel())),
+        "BLOCK_E": power_of_2_from(residents.experts),
+        "BLOCK_S": power_of_2_from(residents.slots),
+    }
+
+
+@triton.jit
+def event_experts(
+    ids_ptr: tl.tensor,
+    marks_ptr: tl.tensor,
+    event: tl.tensor,
+    count: tl.tensor,
+    experts: tl.tensor,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+) -> tl.tensor:
+    """Mark the experts among the ids with the number of their event; bool [BLOCK_E], which they are."""
+    for begin in range(0, count, BLOCK_R):
+        place = begin + tl.arange(0, BLOCK_R)
+        ids = tl.load(ids_ptr + place, mask=place < count, other=-1)
+        # The same number from everyone, however often an id is there.
+        tl.store(marks_ptr + ids, event + tl.zeros((BLOCK_R,), tl.int64), mask=(ids >= 0) & (ids < experts))
+    tl.debug_barrier()
+    e = tl.arange(0, BLOCK_E)
+    return tl.load(marks_ptr + e, mask=e < experts, other=0) == event
+
+
+@triton.jit
+def move_in(
+    expert: tl.tensor,
+    slot: tl.tensor,
+    victim: tl.tensor,
+    place: tl.tensor,
+    slot_of_ptr: tl.tensor,
+    owner_ptr: tl.tensor,
+    out_experts_ptr: tl.tensor,
+    out_slots_ptr: tl.tensor,
+    out_victims_ptr: tl.tensor,
+) -> None:
+    """Give a slot to an expert and write that down as number `place` of the plan."""
+    tl.store(slot_of_ptr + victim, -1, mask=victim >= 0)
+    tl.store(slot_of_ptr + expert, slot)
+    tl.store(owner_ptr + slot, expert)
+    tl.store(out_experts_ptr + place, expert)
+    tl.store(out_slots_ptr + place, slot)
+    tl.store(out_victims_ptr + place, victim)

@@ -1,0 +1,131 @@
+"""The planners on the device against the policy objects, driven by the rule that the engine and the simulator share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from triton_support import DEVICE
+
+from moert.errors import ConfigError
+from moert.kernels.plan_ema import new_ema, plan_ema
+from moert.kernels.plan_lru import new_lru, plan_lru
+from moert.kernels.planning import Plan, Residents
+from moert.policies import make_policy
+from moert.policies.base import Policy
+from moert.turnover import turn_over
+from moert.types import ExpertId
+
+
+class Host:
+    """What a policy object decides."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.residents: set[ExpertId] = set()
+
+    def step(self, ids: torch.Tensor) -> tuple[list[int], list[int]]:
+        """The misses of an event and the victims."""
+        event = [ExpertId(0, expert) for expert in sorted(set(ids.flatten().tolist()))]
+        self.policy.access(event)
+        misses = [expert for expert in event if expert not in self.residents]
+        victims = turn_over(self.policy, self.residents, event, misses, self.policy.capacity)
+        return [miss.expert for miss in misses], [victim.expert for victim in victims]
+
+
+def planner(name: str, experts: int, slots: int) -> tuple[Any, Any]:
+    if name == "lru":
+        return plan_lru, new_lru(experts, slots, DEVICE)
+    alpha = float(name.partition("=")[2] or 0.03)
+    return plan_ema, new_ema(experts, slots, DEVICE, alpha)
+
+
+def listed(plan: Plan) -> tuple[list[int], list[int], list[int]]:
+    count = int(plan.count)
+    return plan.experts[:count].tolist(), plan.slots[:count].tolist(), plan.victims[:count].tolist()
+
+
+def check_tables(residents: Residents) -> None:
+    """Each slot is owned by the expert that has it."""
+    owners = residents.owner.tolist()
+    table = residents.slot_of.tolist()
+    assert all(table[expert] == slot for slot, expert in enumerate(owners) if expert >= 0)
+    assert sum(slot >= 0 for slot in table) == sum(expert >= 0 for expert in owners)
+
+
+@pytest.mark.parametrize("name", ["lru", "ema", "ema,alpha=0.5"])
+@pytest.mark.parametrize(("experts", "slots", "top_k"), [(13, 7, 3), (20, 20, 4), (40, 9, 2)])
+def test_every_step_is_that_of_the_policy(name: str, experts: int, slots: int, top_k: int) -> None:
+    torch.manual_seed(experts)
+    host = Host(make_policy(name, slots))
+    plan, state = planner(name, experts, slots)
+    popular = torch.rand(experts) ** 3
+    evictions = 0
+    for step in range(36):
+        if step % 12 == 0:
+            popular = popular[torch.randperm(experts)]
+        tokens = 1 + step % 2
+        ids = torch.stack([torch.multinomial(popular + 0.01, top_k) for _ in range(tokens)])
+        misses, victims = host.step(ids)
+        came, slots_taken, left = listed(plan(state, ids.to(DEVICE)))
+        assert came == misses, step
+        assert [victim for victim in left if victim >= 0] == victims, step
+        assert left == sorted(left, key=lambda victim: victim >= 0), "free slots come first"
+        assert len(set(slots_taken)) == len(slots_taken)
+        check_tables(state.residents)
+        assert {e for e in state.residents.owner.tolist() if e >= 0} == {e.expert for e in host.residents}
+        assert all(state.residents.slot_of[e] == s for e, s in zip(came, slots_taken, strict=True))
+        evictions += len(victims)
+    assert slots == experts or evictions > 10
+
+
+def test_experts_of_the_same_events_leave_by_last_use_and_id() -> None:
+    for name in ("lru", "ema"):
+        host = Host(make_policy(name, 6))
+        plan, state = planner(name, 12, 6)
+        for event in ([5, 1, 3], [0, 2, 4], [1, 5, 3], [0, 4, 2], [7], [9, 8], [11, 10, 6]):
+            ids = torch.tensor([event])
+            misses, victims = host.step(ids)
+            came, _, left = listed(plan(state, ids.to(DEVICE)))
+            assert (came, [victim for victim in left if victim >= 0]) == (misses, victims), (name, event)
+
+
+@pytest.mark.parametrize("name", ["lru", "ema"])
+def test_an_event_larger_than_the_cache_changes_nothing(name: str) -> None:
+    plan, state = planner(name, 8, 3)
+    plan(state, torch.tensor([[0, 1]], device=DEVICE))
+    before = [tensor.clone() for tensor in (state.residents.slot_of, state.residents.owner)]
+    scores = state.scores.clone() if name == "ema" else state.stamps.clone()
+    result = plan(state, torch.tensor([[0, 5], [6, 7]], device=DEVICE))
+    assert int(result.count) == 0 and int(result.too_many) == 4
+    assert torch.equal(before[0], state.residents.slot_of) and torch.equal(before[1], state.residents.owner)
+    assert torch.equal(scores, state.scores if name == "ema" else state.stamps)
+    result = plan(state, torch.tensor([[0, 5], [5, 7]], device=DEVICE))
+    assert int(result.too_many) == 0 and listed(result) == ([5, 7], [2, 1], [-1, 1])
+
+
+@pytest.mark.parametrize("name", ["lru", "ema"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_numbers_that_are_no_experts(name: str, dtype: torch.dtype) -> None:
+    plan, state = planner(name, 5, 4)
+    result = plan(state, torch.tensor([[-1, 5, 3, 2**31 - 1]], dtype=dtype, device=DEVICE))
+    assert listed(result) == ([3], [0], [-1])
+    assert listed(plan(state, torch.full((2, 2), 5, dtype=dtype, device=DEVICE))) == ([], [], [])
+    assert listed(plan(state, torch.empty(0, 2, dtype=dtype, device=DEVICE))) == ([], [], [])
+
+
+def test_bad_input() -> None:
+    state = new_lru(5, 4, DEVICE)
+    for ids, message in (
+        (torch.zeros(1, 2, device=DEVICE), "float32"),
+        (torch.zeros(4, dtype=torch.int64, device=DEVICE), r"\[4\]"),
+        (torch.zeros(2, 4, dtype=torch.int64, device=DEVICE).T, "contiguous"),
+        (torch.zeros(1, 2, dtype=torch.int64, device="meta"), "meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_lru(state, ids)
+    with pytest.raises(ValueError, match="0 slots"):
+        new_lru(4, 0, DEVICE)
+    with pytest.raises(ConfigError, match="alpha=1"):
+        new_ema(4, 2, DEVICE, 1.0)
