@@ -205,6 +205,8 @@ class _Replay:
             self._time(event, misses, policy, residents)
         else:
             turn_over(policy, residents, event.experts, misses, self._capacity[event.layer])
+            if self._promotion is not None:
+                self._promotion.drop(residents.intersection(misses))
 
     def put(self, experts: Iterable[ExpertId]) -> None:
         """Have these in the caches and no others.
