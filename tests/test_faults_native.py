@@ -84,6 +84,6 @@ def test_short_late_and_interrupted_reads_change_nothing(
 
 
 def test_failed_reads_raise_and_the_step_can_be_run_again(shim: Path, tiny_olmoe: Path, sound: dict[str, Any]) -> None:
-    found = generate(tiny_olmoe, shim, "seed=5,short=5,eintr=5,eio=40,delay_us=100")
+    found = generate(tiny_olmoe, shim, "seed=5,short=5,eintr=5,eio=25,delay_us=100")
     assert found["tokens"] == sound["tokens"]
     assert found["failed"] > 0, "no read failed, so nothing has been shown"

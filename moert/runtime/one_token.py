@@ -6,6 +6,7 @@ from time import perf_counter
 
 import torch
 
+from moert.errors import MoertError
 from moert.runtime.layer import LayerCache
 from moert.runtime.look_ahead import LookAhead
 from moert.runtime.pipeline import Pipeline
@@ -61,6 +62,8 @@ def run_one_token(
         experts = [layer.fused_expert(expert) for expert, _ in picks]
         spec.fused.ffn.run_token(hidden, experts, [place for _, place in picks], weights, out)
         layer.stats.compute_s += perf_counter() - begin
-    finally:
+    except MoertError:
         residency.end()
+        raise
+    residency.end()
     return out

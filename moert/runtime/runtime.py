@@ -268,15 +268,18 @@ class OffloadRuntime:
         """
         cache = self.layers[layer]
         identity = ExpertId(layer, expert)
+        self.pipeline.demand(cache.residency.begin([identity]).misses)
         try:
-            self.pipeline.demand(cache.residency.begin([identity]).misses)
             while identity not in cache.residency:
                 self.pipeline.pump()
                 self.pipeline.wait()
-            return {name: tensor.clone() for name, tensor in cache.own_weights(expert).items()}
-        finally:
+        except MoertError:
             self.pipeline.withdraw([identity])
             cache.residency.end()
+            raise
+        copies = {name: tensor.clone() for name, tensor in cache.own_weights(expert).items()}
+        cache.residency.end()
+        return copies
 
     def stats(self) -> Stats:
         """A snapshot of the counts."""

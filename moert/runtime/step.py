@@ -12,6 +12,7 @@ from time import perf_counter
 
 import torch
 
+from moert.errors import MoertError
 from moert.runtime.compute import Compute, ExpertCompute, Fused, OneByOne, Scratch, add_weighted
 from moert.runtime.layer import LayerCache
 from moert.runtime.look_ahead import LookAhead
@@ -53,7 +54,8 @@ def run_step(
 
     Raises:
         CorruptFileError, TransferError: an expert could not be read. The cache stays consistent and the step may be
-            run again.
+            run again. After anything else, an interrupt for one, layer and pipeline must `recover` first: nobody knows
+            what it has cut short.
     """
     spec = layer.spec
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -75,8 +77,10 @@ def run_step(
         step = _Step(layer, kernels, hidden, out, real, pipeline, look_ahead)
         try:
             step.run()
-        finally:
+        except MoertError:
             step.close()
+            raise
+        step.close()
         if check:
             layer.residency.check_integrity()
             pipeline.check_integrity()
@@ -142,7 +146,7 @@ class _Step:
                 self._wait()
 
     def close(self) -> None:
-        """End the step; after an error or an interrupt nobody waits for the rest of its reads."""
+        """End the step; after an error nobody waits for the rest of its reads."""
         self._pipeline.withdraw(self._awaited)
         self._layer.residency.end()
         self._layer.count_residents()
