@@ -26,8 +26,9 @@ PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__C() {
     PyObject* module = PyModule_Create(&definition);
     if (module == nullptr) return nullptr;
-    for (PyMethodDef* methods : {moert::memory_methods, moert::matrix_methods, moert::ffn_methods, moert::norm_methods,
-                                 moert::rotary_methods, moert::pool_methods, moert::reader_methods}) {
+    for (PyMethodDef* methods :
+         {moert::memory_methods, moert::matrix_methods, moert::ffn_methods, moert::norm_methods, moert::rotary_methods,
+          moert::attention_methods, moert::pool_methods, moert::reader_methods}) {
         if (PyModule_AddFunctions(module, methods) != 0) {
             Py_DECREF(module);
             return nullptr;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "heads.h"
+
 namespace moert {
 
 // The type of activations and biases in memory.
@@ -44,6 +46,31 @@ struct Norm {
 
 constexpr int64_t kMostTurned = 1024;
 
+// What a mask says of a token: nothing, whether it counts (bytes), or what is added to its score (of the other type).
+enum class Mask : int { kNone, kChosen, kAdded };
+
+constexpr int kMasks = 3;
+
+// The attention of one query token: softmax over the tokens of q . k * scale + mask, times v.
+struct Attention {
+    Number number = Number::kFp32;  // of q, k, v, y and an added mask
+    int64_t batch = 0, heads = 0, kv_heads = 0, tokens = 0;
+    int64_t width = 0, value_width = 0;  // at most kMostHeadWidth
+    float scale = 1;
+    Heads q = {}, k = {}, v = {};  // q has one token
+    Mask mask_kind = Mask::kNone;
+    Heads mask = {};       // [batch, heads, tokens] with a number at each token
+    uint8_t* y = nullptr;  // [batch, heads, value_width], contiguous
+};
+
+constexpr int64_t kMostHeadWidth = 512;
+constexpr int64_t kChunkTokens = 256;
+constexpr int64_t kHeadsAtOnce = 8;
+
+// What some tokens contribute to one query head, in kShareHead + value_width floats: the highest score, the sum of
+// exp(score - highest), and the sum of v weighted with that.
+constexpr int64_t kShareHead = 2;
+
 // All in fp32 with a rounding after each operation, so every instruction set gives the same bits, but for the curves of
 // the C library (kGelu, kTanh), which are the same code everywhere.
 struct Pointwise {
@@ -61,6 +88,12 @@ struct Pointwise {
     // y = round(round(x * cos) + round(half-turned x * sin)) over n numbers, where half-turned x is minus its second
     // half and then its first; y may not be x. Needs n <= kMostTurned.
     void (*turn)(Number number, const uint8_t* x, const float* cos, const float* sin, uint8_t* y, int64_t n);
+    // What `n` <= kChunkTokens tokens from `begin` on contribute to `count` <= kHeadsAtOnce query heads from `head` on,
+    // which have the heads of k and v in common. One share after the other.
+    void (*attend)(const Attention& of, int64_t batch, int64_t head, int64_t count, int64_t begin, int64_t n,
+                   float* shares);
+    // y of one query head from the shares of all tokens, `step` floats apart.
+    void (*merge)(const Attention& of, const float* shares, int64_t count, int64_t step, uint8_t* y);
 };
 
 extern const Pointwise kPointwiseScalar;

@@ -32,9 +32,18 @@ void narrow_fp16(const float* from, uint8_t* to, int64_t n) {
 
 #include "rotary.inl"
 
+inline float multiply_add(float a, float b, float c) {
+    return __builtin_fmaf(a, b, c);
+}
+
+constexpr int64_t kHeadsTogether = 4;
+
+#include "attention.inl"
+
 }  // namespace
 
-const Pointwise kPointwiseAvx512 = {widen, narrow, round_numbers, gate_numbers, add, add_weighted, normalise, turn};
+const Pointwise kPointwiseAvx512 = {widen,        narrow,    round_numbers, gate_numbers, add,
+                                    add_weighted, normalise, turn,          attend,       merge};
 
 }  // namespace moert
 

@@ -85,6 +85,7 @@ extern PyMethodDef matrix_methods[];
 extern PyMethodDef ffn_methods[];
 extern PyMethodDef norm_methods[];
 extern PyMethodDef rotary_methods[];
+extern PyMethodDef attention_methods[];
 extern PyMethodDef pool_methods[];
 extern PyMethodDef reader_methods[];
 

@@ -3,15 +3,10 @@
 
 #include <cstdint>
 
+#include "heads.h"
 #include "pointwise.h"
 
 namespace moert {
-
-// Where a tensor [batch, heads, tokens, width] lies; steps in bytes, numbers of a head one after the other.
-struct Heads {
-    uint8_t* data;
-    int64_t batch_step, head_step, token_step;
-};
 
 struct Rotary {
     Number number = Number::kFp32;

@@ -73,6 +73,22 @@ def rotate(
     angle_steps: tuple[int, int],
     /,
 ) -> None: ...
+def attend(
+    number: str,
+    sizes: tuple[int, int, int, int, int, int],
+    scale: float,
+    q: int,
+    q_steps: tuple[int, ...],
+    k: int,
+    k_steps: tuple[int, ...],
+    v: int,
+    v_steps: tuple[int, ...],
+    mask_kind: str,
+    mask: int | None,
+    mask_steps: tuple[int, int, int],
+    y: int,
+    /,
+) -> None: ...
 def kernel_name(matrix: object, tokens: int, /) -> str: ...
 def use_isa(name: str | None, /) -> str: ...
 def isa() -> str: ...

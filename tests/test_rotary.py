@@ -15,8 +15,8 @@ from torch import nn
 
 import moert
 from moert.hf import rotary
+from moert.hf.attention import AttentionForward
 from moert.hf.dense_compute import count, give_back, take_over
-from moert.hf.rotary import RotaryForward
 from moert.kernels.rotary import rotate
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -158,7 +158,7 @@ def test_attention_computes_with_the_kernel(
     monkeypatch.setattr(sys.modules[__name__], "apply_rotary_pos_emb", function)
     model, given = attention(dtype), inputs(dtype, turns=turns)
     assert take_over(model, None) == 3
-    assert count(model, RotaryForward) == 1
+    assert count(model, AttentionForward) == 1
     found: list[Angles] = []
     assert calls(lambda: found.append(model(*given))) == 2
     for one, other in zip(found[0], Attention.forward(model, *given), strict=True):
@@ -230,7 +230,9 @@ def test_models(family: str, found: bool, zoo: Zoo, calls: Any) -> None:
     model = zoo.fresh(family, torch.bfloat16)
     layers = model.config.num_hidden_layers
     with moert.patch(model, host_memory="50%"):
-        assert count(model, RotaryForward) == layers * found
+        forwards = [vars(module).get("forward") for module in model.modules()]
+        taken = [forward for forward in forwards if isinstance(forward, AttentionForward)]
+        assert sum("apply_rotary_pos_emb" in forward.names for forward in taken) == layers * found
         assert calls(lambda: logits(model, specimen.inputs)) == 2 * layers * found
     with moert.patch(model, host_memory="50%", dense_kernels=False):
-        assert count(model, RotaryForward) == 0
+        assert count(model, AttentionForward) == 0

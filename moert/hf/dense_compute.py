@@ -13,11 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from moert.hf.adapters import adapter_for
+from moert.hf.attention import attention_forward
 from moert.hf.experts import OffloadedExperts
 from moert.hf.growing_cache import grow
 from moert.hf.norms import norm_forward
 from moert.hf.own_forward import Note, OwnForward, is_differentiated, is_recorded
-from moert.hf.rotary import rotary_forward
 from moert.hf.routers import Linear, router_forward
 from moert.kernels.cpu import HALVES, linear
 
@@ -60,8 +60,8 @@ def take_over(model: nn.Module, wanted: bool | None, note: Note | None = None) -
     """Have moert's kernels compute the dense layers of `model`, those outside its experts; undone by `give_back`.
 
     Taken are, on the CPU in 16 bits, modules whose class is exactly `nn.Linear`, norms, routers with a weight of their
-    own, and attentions for their rotary embedding, unless somebody gave them a forward of their own already. The caches
-    of keys and values that the model is called with grow in place.
+    own, and attentions for their rotary embedding and for single tokens, unless somebody gave them a forward of their
+    own already. The caches of keys and values that the model is called with grow in place.
 
     Args:
         wanted: False leaves all as they are, None as well unless the whole model is on the CPU.
@@ -106,7 +106,7 @@ def _forward_for(module: nn.Module, embeddings: dict[Any, bool | None], note: No
     return (
         norm_forward(module, note)
         or router_forward(module, _linear(note))
-        or (rotary_forward(module, embeddings) if _has_halves(module) else None)
+        or (attention_forward(module, embeddings) if _has_halves(module) else None)
     )
 
 

@@ -6,18 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from moert.hf.own_forward import is_differentiated
-from moert.hf.rebinding import ReboundForward, names_in
+from moert.hf.rebinding import names_in
 from moert.kernels.cpu import HALVES
 from moert.kernels.rotary import rotate
 
 _NAME = "apply_rotary_pos_emb"
-
-
-class RotaryForward(ReboundForward):
-    """Stands in an attention's own `forward`: the class's code, in which the embedding is another's."""
 
 
 class _Embedding:
@@ -38,21 +33,20 @@ class _Embedding:
         return function(*args, **kwargs)
 
 
-def rotary_forward(module: nn.Module, known: dict[Any, bool | None]) -> RotaryForward | None:
-    """A forward for `module`, if its class calls an embedding that the kernel gives the very bits of.
+def rotary_embedding(forward: Any, known: dict[Any, bool | None]) -> dict[str, Any]:
+    """What the embedding that a forward calls is to be, under its name, if the kernel gives the very bits of it.
 
     Args:
         known: what trying each function found; written to.
     """
-    forward = type(module).forward
     names = getattr(forward, "__globals__", {})
     function = names.get(_NAME)
     if function is None or _NAME not in names_in(forward):
-        return None
+        return {}
     if function not in known:
         known[function] = _turns_whole_heads(function)
     whole = known[function]
-    return None if whole is None else RotaryForward(module, {_NAME: _Embedding(names, function, whole)})
+    return {} if whole is None else {_NAME: _Embedding(names, function, whole)}
 
 
 def _is_plain(tensor: Any) -> bool:
