@@ -15,6 +15,7 @@ from moert.errors import (
     CorruptFileError,
     KernelUnavailableError,
     MoertError,
+    PolicyError,
     TransferError,
     UnsupportedModelError,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "KernelUnavailableError",
     "MoertError",
     "OffloadConfig",
+    "PolicyError",
     "TransferError",
     "UnsupportedModelError",
     "__version__",

@@ -7,6 +7,8 @@ MoertError
   CorruptFileError(ValueError)          a checkpoint that contradicts itself, or changed while it was in use
   TransferError(OSError)                a read or copy the operating system refused
   KernelUnavailableError(RuntimeError)  a compute path this machine does not have
+
+PolicyError(RuntimeError)               a cache policy of one's own broke its contract
 """
 
 from __future__ import annotations
@@ -38,3 +40,10 @@ class TransferError(MoertError, OSError):
 
 class KernelUnavailableError(MoertError, RuntimeError):
     """A compute path was asked for that this machine or build does not offer."""
+
+
+class PolicyError(RuntimeError):
+    """A cache policy from outside the tree failed, or named a victim that cannot leave.
+
+    It is no `MoertError`: after those a step has been put in order, and here only the next use of the model does that.
+    """

@@ -10,6 +10,8 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import traceback
+from types import ModuleType
 from typing import TypeVar
 
 from moert.errors import ConfigError
@@ -34,32 +36,64 @@ def load_plugin(package: str, name: str, base: type[T]) -> type[T]:
     """The class that `name` stands for, a subclass of `base`.
 
     Raises:
-        ConfigError: unknown name, module that does not import, or a class that is not a `base`.
+        ConfigError: unknown name, module that does not import, or a class that is not a whole `base`.
     """
     kind = base.__name__.lower()
     if ":" in name:
-        module_name, _, class_name = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module_name), class_name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"{kind} {name!r} cannot be imported: {error}") from error
-        if not (inspect.isclass(found) and issubclass(found, base)):
-            raise ConfigError(f"{kind} {name!r} is not a subclass of {base.__module__}.{base.__name__}")
-        return found
+        return _from_outside(name, base)
     if name not in available(package):
         raise ConfigError(
             f"no {kind} named {name!r}; there are {', '.join(available(package))}, "
             f'and "package.module:Class" for one of your own'
         )
     module = importlib.import_module(f"{package}.{name}")
-    classes = [
-        value
-        for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, base) and value.__module__ == module.__name__
-    ]
+    classes = _own_classes(module, base)
     if len(classes) != 1:
         raise ConfigError(f"{module.__name__} must define exactly one {base.__name__}, it defines {len(classes)}")
     return classes[0]
+
+
+def _from_outside(name: str, base: type[T]) -> type[T]:
+    kind = base.__name__.lower()
+    module_name, _, class_name = name.partition(":")
+    if not all(word.isidentifier() for word in (*module_name.split("."), class_name)):
+        raise ConfigError(
+            f'{kind} {name!r} is not "package.module:Class"; for a class in FOLDER/my_file.py write '
+            '"my_file:Class", and set PYTHONPATH=FOLDER'
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{kind} {name!r} cannot be imported: {_why(error, module_name)}") from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        there = [cls.__name__ for cls in _own_classes(module, base)]
+        raise ConfigError(
+            f"{kind} {name!r} cannot be imported: {module.__file__} has no {class_name!r}; "
+            f"of {base.__module__}.{base.__name__} it has {', '.join(there) or 'no subclass'}"
+        )
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise ConfigError(f"{kind} {name!r} is not a subclass of {base.__module__}.{base.__name__}")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
+        raise ConfigError(f"{kind} {name!r} does not define {missing}; {base.__module__}.{base.__name__} says what for")
+    return found
+
+
+def _why(error: BaseException, module_name: str) -> str:
+    """What went wrong in an import, and where."""
+    if isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]:
+        return f"{error}; set PYTHONPATH to the folder that {module_name.partition('.')[0]} is in"
+    if isinstance(error, (ImportError, SyntaxError)):
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+
+
+def _own_classes(module: ModuleType, base: type[T]) -> list[type[T]]:
+    """The subclasses of `base` that a module defines, not those that it imports."""
+    found = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, base)]
+    return [cls for cls in found if cls.__module__ == module.__name__]
 
 
 def read_choice(package: str, text: str, base: type[T]) -> tuple[str, dict[str, Value]]:

@@ -15,6 +15,7 @@ from cli_support import Cli, checkpoint
 from report_support import EXPERT_BYTES, EXPERTS, LAYERS, TOP_K, routing, trace, write
 
 from moert.cli.traces import names_of
+from moert.errors import ConfigError
 from moert.policies import policy_names
 from moert.simulate import simulate
 
@@ -197,13 +198,16 @@ def test_the_documentation_names_options_that_there_are(cli: Cli) -> None:
         (["--policy", "ema,beta=1"], "'beta=1' is no parameter"),
         (["--policy", "ema,alpha=7"], "alpha=7"),
         (["--policy", ""], "is no policy"),
-        (["--policy", "nowhere:Mine"], "cannot be imported"),
+        (["--policy", "nowhere:Mine"], "set PYTHONPATH"),
+        (["--policy", "./mine.py:Mine"], "my_file:Class"),
         (["--capacity", "0"], "at least 1 expert"),
         (["--capacity", "-3"], "at least 1 expert"),
         (["--capacity", "0%"], "above 0%"),
         (["--capacity", "101%"], "at most 100%"),
         (["--capacity", "1%"], "less than one of the 16 experts"),
         (["--capacity", "much"], "is not a size"),
+        (["--capacity", "2.5"], "a number of experts"),
+        (["--capacity", "1e9"], "a number of experts"),
         (["--capacity", ""], "is not a size"),
         (["--capacity", "25%,,50%"], "is not a size"),
         (["--budget", "0"], "--budget"),
@@ -228,6 +232,19 @@ def test_bad_options(
     monkeypatch.chdir(tmp_path)
     assert message in cli("simulate", path, *arguments).error
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_there_are_no_more_processes_than_cores(cli: Cli, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def note(*_: object, n_jobs: int, **_options: object) -> Any:
+        asked.append(n_jobs)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr("moert.simulate.sweep", note)
+    assert "enough" in cli("simulate", path, "--policy", "lru", "--jobs", "1000000").error
+    assert asked == [3]
 
 
 def test_a_huge_budget_holds_everything(cli: Cli, path: Path) -> None:

@@ -158,6 +158,7 @@ def test_bad_sources(cli: Cli, root: Path, tmp_path: Path) -> None:
     assert "--experts" in cli("suit", folder, "--experts", 8).error
     assert "none.txt" in cli("suit", tmp_path / "none.txt").error
     assert "./absent" in cli("suit", "./absent").error
+    assert "does not exist" in cli("suit", "absent.safetensors").error
     assert "no experts" in cli("suit", checkpoint(root, "llama")).error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,35 @@ def test_policy_from_outside_the_tree(tmp_path: Path, monkeypatch: pytest.Monkey
         make_policy("my_policies:Absent", 4)
     with pytest.raises(ConfigError, match="cannot be imported"):
         make_policy("no_such_module:Mine", 4)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "message"),
+    [
+        ("class Mine(LRU", "own:Mine", r"cannot be imported: .*\(own.py, line 2\)"),
+        ("1 / 0", "own:Mine", r"ZeroDivisionError: division by zero .*own.py, line 2"),
+        ("import sys; sys.exit(3)", "own:Mine", r"SystemExit: 3 .*own.py, line 2"),
+        ("import absent_library", "own:Mine", r"No module named 'absent_library'$"),
+        ("class Mine(LRU): pass", "own:Mime", r"own.py has no 'Mime'; of .*Policy it has Mine"),
+        ("", "own:Mine", r"it has no subclass"),
+        ("class Mine(Policy):\n    admit = access = victim = print", "own:Mine", "does not define evict"),
+        ("class Mine(LRU):\n    def __init__(self, capacity, k): pass", "own:Mine", r"cannot be made: .*'k'.*defaults"),
+        ("class Mine(LRU):\n    def __init__(self, capacity): int('x')", "own:Mine", "cannot be made: ValueError"),
+        ("", "absent_file:Mine", "set PYTHONPATH to the folder that absent_file is in"),
+        ("", "./own.py:Mine", 'write "my_file:Class"'),
+        ("", "own:", 'write "my_file:Class"'),
+        ("", ":Mine", 'write "my_file:Class"'),
+    ],
+)
+def test_files_that_cannot_be_used(
+    source: str, name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.py").write_text(f"from moert.policies import Policy; from moert.policies.lru import LRU\n{source}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    with pytest.raises(ConfigError, match=message):
+        make_policy(name, 4)
+    sys.modules.pop("own", None)
 
 
 def test_parameters_by_name() -> None:

@@ -7,6 +7,8 @@ import itertools
 import os
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -334,3 +336,20 @@ def test_more_sequences_than_a_header_holds(
 def test_a_trace_without_sequences(tmp_path: Path) -> None:
     with TraceFile(write(tmp_path / "t", HEADER)) as trace:
         assert (len(trace), trace.n_tokens, list(trace)) == (0, 0, [])
+
+
+def test_a_file_that_is_left_open_is_quiet_when_the_interpreter_goes(tmp_path: Path) -> None:
+    path = write(tmp_path / "t", HEADER)
+    # Held by `os`, it goes when that module's names, `os.close` among them, have gone already.
+    code = "import os, sys; from moert.trace import TraceFile; os.held = TraceFile(sys.argv[1])"
+    child = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60)
+    assert (child.returncode, child.stderr) == (0, "")
+
+
+def test_a_file_that_could_not_be_opened_goes_quietly(tmp_path: Path) -> None:
+    code = (
+        "import contextlib, sys; from moert.trace import TraceFile\n"
+        "with contextlib.suppress(Exception): TraceFile(sys.argv[1])"
+    )
+    child = subprocess.run([sys.executable, "-c", code, tmp_path / "t"], capture_output=True, text=True, timeout=60)
+    assert (child.returncode, child.stderr) == (0, "")

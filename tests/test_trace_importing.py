@@ -47,6 +47,13 @@ def test_other_files_are_not_recognised_and_refused(tmp_path: Path, name: str, c
         assert str(place) in str(caught.value)
 
 
+def test_a_trace_is_said_to_be_one_already(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(WASTE)
+    import_traces([tmp_path / "a.jsonl"], tmp_path / "ours", ImportOptions(experts=8))
+    with pytest.raises(ConfigError, match="ours is a trace of moert's already"):
+        recognise(tmp_path / "ours")
+
+
 def test_several_files_become_one_trace(tmp_path: Path) -> None:
     first, second, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "out.safetensors"
     first.write_text(WASTE)

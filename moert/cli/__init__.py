@@ -119,11 +119,11 @@ def _is_bad_input(error: Exception) -> bool:
     from typer import BadParameter
 
     from moert.cli.opening import InputError
-    from moert.errors import MoertError
+    from moert.errors import MoertError, PolicyError
 
     # typer carries a click of its own or uses the one beside it; both have this family of errors.
     usage_error = BadParameter.__mro__[1]
-    return isinstance(error, (MoertError, OSError, InputError, usage_error))
+    return isinstance(error, (MoertError, PolicyError, OSError, InputError, usage_error))
 
 
 def _message(error: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from moert.cli.options import LoadOptions
 from moert.cli.output import Bar, bar, one_line, stderr
-from moert.errors import MoertError
+from moert.errors import MoertError, PolicyError
 
 
 class InputError(Exception):
@@ -23,7 +23,7 @@ def reading(name: str) -> Iterator[None]:
     """Turn whatever transformers raises while it reads a user's files into `InputError`; moert's own errors pass."""
     try:
         yield
-    except MoertError:
+    except (MoertError, PolicyError):
         raise
     except Exception as error:
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "

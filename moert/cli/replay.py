@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -86,7 +87,8 @@ def read_asked(
         batch=batch,
         bypass=bypass,
         expert_bytes=None if expert_bytes is None else _read_bytes(expert_bytes, "--expert-bytes"),
-        jobs=jobs,
+        # A process takes a second to start and its own copy of the events: beyond one a core they only cost.
+        jobs=min(jobs, os.cpu_count() or 1),
     )
 
 
@@ -118,9 +120,12 @@ def _read_capacities(capacity: str | None, budget: str | None) -> list[str]:
 
 
 def _read_bytes(text: str, option: str) -> int:
-    nbytes = parse_budget(text, option).nbytes
+    try:
+        nbytes = parse_budget(text, option).nbytes
+    except ConfigError:
+        nbytes = None
     if nbytes is None:
-        raise ConfigError(f"{option}={text!r} must be a number of bytes, such as 4GiB")
+        raise ConfigError(f"{option}={text!r} must be a number of bytes above 0, such as 4GiB")
     return nbytes
 
 

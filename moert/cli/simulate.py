@@ -76,12 +76,12 @@ def simulate(
         str | None,
         typer.Option(metavar="SIZE", help="Of one expert, for traces that do not say it.", show_default=False),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Processes to use.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Processes to use; at most one for each core.")] = 1,
     machine: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FILE",
-            help="Also the time of a token on this machine: one that comes with moert, or a description in a file.",
+            metavar="this|NAME|FILE",
+            help="Also the time of a token: on this machine, on one that comes with moert or is described in a file.",
             rich_help_panel=_TIMES,
             show_default=False,
         ),

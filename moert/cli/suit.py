@@ -23,6 +23,9 @@ from moert.errors import ConfigError
 if TYPE_CHECKING:
     from moert.trace import TraceLike
 
+_TRACE_SUFFIXES = (".safetensors", ".npz", ".npy", ".pt", ".csv", ".json", ".jsonl")
+"""A name that ends so is meant as a file, and not looked for on the hub."""
+
 
 @with_load_options(only=["host_memory"])
 def suit(
@@ -133,6 +136,8 @@ def _open(
         if prompts is not None:
             raise ConfigError(f"--prompts is for a model, and {source!r} is a trace: leave it out")
         return open_trace(stack, path, experts)
+    if path.suffix in _TRACE_SUFFIXES:
+        raise ConfigError(f"{source!r} does not exist; give a trace, or a model")
     if experts is not None:
         raise ConfigError(f"--experts is for files that do not say it, and {source!r} is a model: leave it out")
     return _record(source, _read_prompts(prompts), max_new_tokens, options)

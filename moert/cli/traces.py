@@ -38,10 +38,10 @@ def open_trace(stack: ExitStack, path: Path, experts: int | None) -> TraceLike:
     """
     from moert.trace import TraceFile
     from moert.trace.importers.base import ImportOptions
-    from moert.trace.importing import import_traces
+    from moert.trace.importing import import_traces, is_trace
 
     path = path.expanduser()
-    if _is_ours(path):
+    if is_trace(path):
         trace = stack.enter_context(TraceFile(path))
     else:
         copy = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moert-"))) / "trace"
@@ -51,14 +51,6 @@ def open_trace(stack: ExitStack, path: Path, experts: int | None) -> TraceLike:
     if not len(trace):
         raise ConfigError(f"{str(path)!r} has no sequences")
     return trace
-
-
-def _is_ours(path: Path) -> bool:
-    from moert.trace.importers.base import beginning
-    from moert.trace.layout import VERSION_KEY
-
-    start = beginning(path)
-    return start[8:9] == b"{" and VERSION_KEY.encode() in start
 
 
 def check_output(path: Path | None, option: str, suffix: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from moert.errors import ConfigError
+from moert.errors import ConfigError, MoertError
 from moert.plugins import available, load_plugin, read_choice
+from moert.policies._guard import guarded
 from moert.policies.base import Policy
 from moert.types import ExpertId
 
@@ -33,7 +34,8 @@ def make_policy(
 
     Raises:
         ConfigError: no such policy, and the message lists those there are; a parameter that it does not have, or a
-            value that it refuses; or one that needs the future where there is none, as in a live run.
+            value that it refuses; a class of one's own that cannot be made; or one that needs the future where there is
+            none, as in a live run.
     """
     plain, parameters = read_choice(PACKAGE, name, Policy)  # type: ignore[type-abstract]  # only looked up
     cls = _class_of(plain)
@@ -42,7 +44,18 @@ def make_policy(
             f"policy {name!r} must know every event beforehand, so it is a bound for simulations and cannot run live; "
             f"those that can are {', '.join(policy_names(live_only=True))}"
         )
-    policy = cls(capacity, **parameters)
+    if ":" in plain:
+        try:
+            policy = guarded(cls)(capacity, **parameters)
+        except MoertError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"policy {name!r} cannot be made: {type(error).__name__}: {error}; its constructor takes a capacity, "
+                "and other parameters with defaults"
+            ) from error
+    else:
+        policy = cls(capacity, **parameters)
     policy.parameters, policy.sizes = parameters, sizes
     if cls.needs_future and future is not None:
         policy.foresee(future)

@@ -55,6 +55,9 @@ def parse_capacity(value: int | str | Capacity) -> Capacity:
     try:
         experts = int(text)
     except ValueError:
+        # A bare number that is not whole would be bytes, though others are experts.
+        if text and not text[-1].isalpha() and not text.endswith("%"):
+            raise ConfigError(f"capacity {text!r} is none; {hint}") from None
         return Capacity(text, budget=parse_budget(text, "capacity"))
     if experts < 1:
         raise ConfigError(f"capacity {text} must be at least 1 expert; {hint}")

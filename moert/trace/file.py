@@ -132,8 +132,11 @@ class TraceFile:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_source"):
+        try:
             self.close()
+        except Exception:
+            # Never opened, or the interpreter is going and has taken what closing needs: the system closes it then.
+            return
 
     def __reduce__(self) -> tuple[type[TraceFile], tuple[Path]]:
         return TraceFile, (self.path,)

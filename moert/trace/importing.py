@@ -11,8 +11,8 @@ from typing import Any
 
 from moert.errors import ConfigError
 from moert.plugins import available, load_plugin
-from moert.trace.importers.base import Importer, ImportOptions
-from moert.trace.layout import OPTIONAL_KINDS
+from moert.trace.importers.base import Importer, ImportOptions, beginning
+from moert.trace.layout import OPTIONAL_KINDS, VERSION_KEY
 from moert.trace.sequence import TraceHeader
 from moert.trace.writer import TraceWriter
 
@@ -41,6 +41,12 @@ def load_importer(name: str) -> Importer:
     return load_plugin(PACKAGE, name, Importer)()  # type: ignore[type-abstract]
 
 
+def is_trace(path: Path) -> bool:
+    """Whether a file begins as `TraceWriter` writes it. False for what cannot be read."""
+    start = beginning(path)
+    return start[8:9] == b"{" and VERSION_KEY.encode() in start
+
+
 def recognise(path: Path) -> str:
     """The name of the format that a file or folder seems to have.
 
@@ -55,6 +61,8 @@ def recognise(path: Path) -> str:
         return found[0]
     if found:
         raise ConfigError(f"{path} may be of any of these formats: {', '.join(found)}; choose one with --format")
+    if is_trace(path):
+        raise ConfigError(f"{path} is a trace of moert's already; use it as it is")
     tried = "; ".join(f"{name} ({load_importer(name).about})" for name in names)
     raise ConfigError(
         f"{path} is of no format that is known; tried: {tried}. Name it with --format if it is one of them"
