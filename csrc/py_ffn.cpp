@@ -52,6 +52,21 @@ bool as_gate(PyObject* object, Gate* gate) {
     return true;
 }
 
+bool check_expert(const Expert& expert, const Step& step) {
+    const int64_t up_rows = step.gate.gated ? 2 * step.width : step.width;
+    if (expert.up.k == step.hidden && expert.down.n == step.hidden && expert.down.k == step.width &&
+        expert.up.n == up_rows) {
+        return true;
+    }
+    PyErr_Format(PyExc_ValueError,
+                 "an expert of up [%lld, %lld], down [%lld, %lld] in a layer of hidden size %lld, width %lld%s",
+                 static_cast<long long>(expert.up.n), static_cast<long long>(expert.up.k),
+                 static_cast<long long>(expert.down.n), static_cast<long long>(expert.down.k),
+                 static_cast<long long>(step.hidden), static_cast<long long>(step.width),
+                 step.gate.gated ? ", gated" : "");
+    return false;
+}
+
 bool as_group(PyObject* object, const Step& step, uint64_t x_rows, uint64_t out_rows, Group* group) {
     PyObject *expert_object, *tokens_object, *rows_object, *weights_object, *out_row_object;
     if (!PyArg_ParseTuple(object, "OOOOO:group", &expert_object, &tokens_object, &rows_object, &weights_object,
@@ -65,17 +80,7 @@ bool as_group(PyObject* object, const Step& step, uint64_t x_rows, uint64_t out_
         !as_address(rows_object, "rows", 8, true, &rows) || !as_address(weights_object, "weights", 4, true, &weights)) {
         return false;
     }
-    const int64_t up_rows = step.gate.gated ? 2 * step.width : step.width;
-    if (expert->up.k != step.hidden || expert->down.n != step.hidden || expert->down.k != step.width ||
-        expert->up.n != up_rows) {
-        PyErr_Format(PyExc_ValueError,
-                     "an expert of up [%lld, %lld], down [%lld, %lld] in a layer of hidden size %lld, width %lld%s",
-                     static_cast<long long>(expert->up.n), static_cast<long long>(expert->up.k),
-                     static_cast<long long>(expert->down.n), static_cast<long long>(expert->down.k),
-                     static_cast<long long>(step.hidden), static_cast<long long>(step.width),
-                     step.gate.gated ? ", gated" : "");
-        return false;
-    }
+    if (!check_expert(*expert, step)) return false;
     group->expert = *expert;
     group->tokens = static_cast<int64_t>(tokens);
     group->rows = reinterpret_cast<const int64_t*>(rows);
@@ -149,24 +154,82 @@ void note_reading_of(PyObject* args) {
     note_reading(PyTuple_GetItem(args, 0), 0);
 }
 
-PyObject* py_ffn_run(PyObject*, PyObject* args) {
-    Step step;
-    if (!as_step(args, &step)) return nullptr;
-    if (step.groups.empty()) Py_RETURN_NONE;
+bool run_step(PyObject* args, Step&& step) {
     note_reading_of(args);
     int64_t nbytes = 0, most = 0;
     for (const Group& group : step.groups) {
         most = group.tokens > most ? group.tokens : most;
         nbytes += weight_bytes(group.expert.up) + weight_bytes(group.expert.down);
     }
-    const bool done = without_gil([&] {
+    return without_gil([&] {
         const std::unique_ptr<Work> work = make_ffn(std::move(step));
         if (nbytes < kWorthSharing && most <= kTokenBlock)
             run_here(*work);
         else
             run(*work);
     });
-    if (!done) return nullptr;
+}
+
+PyObject* py_ffn_run(PyObject*, PyObject* args) {
+    Step step;
+    if (!as_step(args, &step)) return nullptr;
+    if (!step.groups.empty() && !run_step(args, std::move(step))) return nullptr;
+    Py_RETURN_NONE;
+}
+
+PyObject* py_ffn_token(PyObject*, PyObject* args) {
+    PyObject *gate_object, *hidden_object, *width_object, *x_object, *y_object, *weights_object, *count_object,
+        *experts, *places;
+    const char* number_name;
+    if (!PyArg_ParseTuple(args, "O!sOOOOOOO!O!:ffn_token", &PyTuple_Type, &gate_object, &number_name, &hidden_object,
+                          &width_object, &x_object, &y_object, &weights_object, &count_object, &PyList_Type, &experts,
+                          &PyList_Type, &places)) {
+        return nullptr;
+    }
+    Step step;
+    uint64_t hidden, width, count;
+    const uint8_t *y, *weights;
+    if (!as_gate(gate_object, &step.gate) || !as_number(number_name, &step.number) ||
+        !as_unsigned(hidden_object, "hidden", 1u << 30, &hidden) ||
+        !as_unsigned(width_object, "width", 1u << 30, &width) ||
+        !as_unsigned(count_object, "weights", kMostRows, &count)) {
+        return nullptr;
+    }
+    const uint64_t size = static_cast<uint64_t>(bytes_of(step.number));
+    if (!as_address(x_object, "x", size, false, &step.x) || !as_address(y_object, "y", size, false, &y) ||
+        !as_address(weights_object, "weights", 4, false, &weights)) {
+        return nullptr;
+    }
+    step.hidden = static_cast<int64_t>(hidden);
+    step.width = static_cast<int64_t>(width);
+    const Py_ssize_t n = PyList_Size(experts);
+    if (n == 0 || n != PyList_Size(places)) {
+        PyErr_Format(PyExc_ValueError, "%zd experts and %zd places of weights", n, PyList_Size(places));
+        return nullptr;
+    }
+    for (Py_ssize_t i = 0; i < n; ++i) {
+        const Expert* expert = disclose<Expert>(PyList_GetItem(experts, i), kExpertName);
+        uint64_t place;
+        if (expert == nullptr || !check_expert(*expert, step) ||
+            !as_unsigned(PyList_GetItem(places, i), "place", kMostRows, &place)) {
+            return nullptr;
+        }
+        if (place >= count) {
+            PyErr_Format(PyExc_ValueError, "place %llu of %llu weights", static_cast<unsigned long long>(place),
+                         static_cast<unsigned long long>(count));
+            return nullptr;
+        }
+        Group group;
+        group.expert = *expert;
+        group.tokens = 1;
+        group.weights = reinterpret_cast<const float*>(weights) + place;
+        step.groups.push_back(group);
+    }
+    std::vector<float> sums(hidden);
+    step.out = sums.data();
+    const Number number = step.number;
+    if (!run_step(args, std::move(step))) return nullptr;
+    pointwise().narrow(sums.data(), number, const_cast<uint8_t*>(y), static_cast<int64_t>(hidden));
     Py_RETURN_NONE;
 }
 
@@ -239,6 +302,11 @@ PyMethodDef ffn_methods[] = {
      "what the experts give for x [x_rows, hidden]; see ffn.h. gate: (activation, gated, interleaved, alpha, "
      "gate_limit, up_limit, up_offset, output_limit). groups: a list of (expert, tokens, rows, weights, out_row), rows "
      "and weights addresses of int64 and fp32 or None, out_row an int or None. Blocks, without the GIL."},
+    {"ffn_token", py_ffn_token, METH_VARARGS,
+     "ffn_token(gate, number, hidden, width, x, y, weights, count, experts, places)\n\ny [hidden] = what the experts "
+     "give "
+     "for x [hidden], each times the one of `count` fp32 weights that stands at its place; both of `number`. Summed in "
+     "the order given, in fp32, and rounded once. Blocks, without the GIL."},
     {"ffn_submit", py_ffn_submit, METH_VARARGS,
      "ffn_submit(...) -> capsule\n\nStarts what ffn_run does and returns; all memory must stay until the job is done."},
     {"add_rows", py_add_rows, METH_VARARGS,

@@ -257,41 +257,45 @@ class ExpertFfn:
         _C.ffn_run(*self._arguments(hidden, experts, tokens, weights, out, out_rows))
 
     def run_token(
-        self,
-        hidden: torch.Tensor,
-        experts: Sequence[Expert],
-        places: Sequence[int],
-        weights: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """`run` for one token: add to `out` [1, D] what each expert gives for `hidden` [1, D], weighted. Blocks.
+        self, hidden: torch.Tensor, experts: Sequence[Expert], places: Sequence[int], weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What the experts give for one token `hidden` [1, D], weighted, as `run` adds it up: [1, D] in the layer's
+        dtype, rounded once; new memory. Blocks, without the GIL.
 
         Args:
+            experts: at least one.
             places: for each expert where its weight is in `weights`.
-            weights: fp32, 1-D, contiguous, on the CPU.
+            weights: fp32, contiguous, on the CPU.
 
         Raises:
             ValueError: dtypes, shapes or places do not fit.
         """
-        self._check(hidden, out)
         if (
-            weights.dtype != torch.float32
-            or weights.dim() != 1
-            or not weights.is_contiguous()
-            or not weights.is_cpu
-            or not all(0 <= place < len(weights) for place in places)
+            hidden.dtype is not self.dtype
+            or hidden.shape != (1, self.hidden)
+            or not hidden.is_contiguous()
+            or not hidden.is_cpu
         ):
+            raise self._unfit("hidden states", hidden, self.dtype)
+        if weights.dtype is not torch.float32 or not weights.is_contiguous() or not weights.is_cpu:
             raise ValueError(
-                f"weights must be contiguous 1-D torch.float32 on the CPU, not {tuple(weights.shape)} in "
-                f"{weights.dtype}, and the places {list(places)} within them"
+                f"weights must be contiguous torch.float32 on the CPU, not {tuple(weights.shape)} in {weights.dtype} "
+                f"on {weights.device}"
             )
-        begin = weights.data_ptr()
-        groups: list[tuple[object, int, int | None, int | None, int | None]] = [
-            (expert.capsule, 1, None, begin + 4 * place, None) for expert, place in zip(experts, places, strict=True)
-        ]
-        _C.ffn_run(
-            self._gate, self._number, self.hidden, self.width, hidden.data_ptr(), 1, out.data_ptr(), len(out), groups
+        y = torch.empty_like(hidden)
+        _C.ffn_token(
+            self._gate,
+            self._number,
+            self.hidden,
+            self.width,
+            hidden.data_ptr(),
+            y.data_ptr(),
+            weights.data_ptr(),
+            weights.numel(),
+            [expert.capsule for expert in experts],
+            list(places),
         )
+        return y
 
     def submit(
         self,
@@ -344,10 +348,13 @@ class ExpertFfn:
                 or not tensor.is_contiguous()
                 or not tensor.is_cpu
             ):
-                raise ValueError(
-                    f"{what} must be contiguous [T, {self.hidden}] in {dtype} on the CPU, not "
-                    f"{list(tensor.shape)} of strides {tensor.stride()} in {tensor.dtype} on {tensor.device}"
-                )
+                raise self._unfit(what, tensor, dtype)
+
+    def _unfit(self, what: str, tensor: torch.Tensor, dtype: torch.dtype) -> ValueError:
+        return ValueError(
+            f"{what} must be contiguous [T, {self.hidden}] in {dtype} on the CPU, not {list(tensor.shape)} of strides "
+            f"{tensor.stride()} in {tensor.dtype} on {tensor.device}"
+        )
 
 
 def add_rows(held: torch.Tensor, tokens: torch.Tensor | None, weights: torch.Tensor, out: torch.Tensor) -> None:

@@ -31,6 +31,19 @@ def ffn_run(
     groups: list[_Group],
     /,
 ) -> None: ...
+def ffn_token(
+    gate: tuple[object, ...],
+    number: str,
+    hidden: int,
+    width: int,
+    x: int,
+    y: int,
+    weights: int,
+    count: int,
+    experts: list[object],
+    places: list[int],
+    /,
+) -> None: ...
 def ffn_submit(
     gate: tuple[Any, ...],
     number: str,

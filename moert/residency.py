@@ -96,6 +96,11 @@ class Residency:
         """The slot `expert` holds, resident or arriving, or None."""
         return self._slot_of.get(expert)
 
+    def slots_of(self, experts: Iterable[ExpertId]) -> list[int]:
+        """The slots that these hold, resident or arriving all of them."""
+        slot_of = self._slot_of
+        return [slot_of[expert] for expert in experts]
+
     @property
     def residents(self) -> tuple[ExpertId, ...]:
         """Every resident expert, ascending."""
@@ -113,6 +118,19 @@ class Residency:
         self._expected = frozenset()
         self.policy.access(event)
         return Split(hits, misses, arriving)
+
+    def begin_hits(self, event: Sequence[ExpertId]) -> bool:
+        """`begin` if all of `event` (each expert once, ascending) is resident; else nothing has happened."""
+        slot_of, arriving = self._slot_of, self._arriving
+        for expert in event:
+            if expert not in slot_of or expert in arriving:
+                return False
+        assert not self._event, f"the step over {sorted(self._event)} has not ended"
+        self._event = frozenset(event)
+        self._locked.update(event)
+        self._expected = frozenset()
+        self.policy.access(event)
+        return True
 
     def expect(self, experts: Iterable[ExpertId]) -> None:
         """The next step is expected to need these experts: until it begins, nothing that is admitted displaces one."""
@@ -211,14 +229,18 @@ class Residency:
 
     def end(self) -> None:
         """The step is over, computed or not: nothing is locked any more but what is arriving."""
+        if self._promised or self._leaving:
+            self._end_promises()
+        self._locked = set(self._arriving)
+        self._event = frozenset()
+
+    def _end_promises(self) -> None:
         for expert in sorted(self._promised - self._leaving):
             self.policy.evict(expert)
         self._leaving -= self._promised
         self._promised = set()
         for expert in sorted(self._leaving - self._arriving):
             self._free_slot_of(expert)
-        self._locked = set(self._arriving)
-        self._event = frozenset()
 
     def resize(self, capacity: int) -> Resize:
         """Have `capacity` slots from now on, between steps and with nothing arriving, at the high end more or fewer.

@@ -229,6 +229,45 @@ def test_the_exponential_of_the_gates_is_exact_to_the_last_bits(isa: str) -> Non
     assert (error <= 2.0**-21 * want.abs() + 1e-36).all()
 
 
+@pytest.mark.parametrize("dtype", list(cpu.NUMBERS), ids=str)
+def test_one_token_alone_gives_the_bits_of_a_step(dtype: torch.dtype, isa: str) -> None:
+    layer = Layer(Gate(), 72, 40, dtype, 5, bias=True)
+    hidden, weights = torch.randn(1, 72).to(dtype), torch.rand(1, 7)
+    places = [6, 0, 3]
+    experts = [layer.experts[i] for i in (4, 1, 2)]
+    out = torch.zeros(1, 72)
+    layer.ffn.run(hidden, experts, [None] * 3, [weights[0, place : place + 1] for place in places], out)
+    found = layer.ffn.run_token(hidden, experts, places, weights)
+    assert found.dtype is dtype
+    assert torch.equal(found, out.to(dtype))
+
+
+def test_a_token_that_does_not_fit_is_refused() -> None:
+    layer = Layer(Gate(), 8, 4, torch.float32, 2)
+    hidden, weights = torch.randn(1, 8), torch.rand(2)
+
+    def run(**changed: object) -> None:
+        given = {"hidden": hidden, "experts": layer.experts, "places": [0, 1], "weights": weights, **changed}
+        layer.ffn.run_token(**given)  # type: ignore[arg-type]
+
+    run()
+    for changed, message in (
+        ({"hidden": hidden.bfloat16()}, "hidden states must be .* in torch.float32 .* in torch.bfloat16"),
+        ({"hidden": torch.randn(2, 8)}, r"not \[2, 8\]"),
+        ({"hidden": torch.randn(1, 9)}, r"not \[1, 9\]"),
+        ({"hidden": torch.randn(1, 16)[:, ::2]}, r"strides \(16, 2\)"),
+        ({"weights": weights.double()}, "torch.float64"),
+        ({"weights": torch.rand(4)[::2]}, "contiguous"),
+        ({"places": [0, 2]}, "place 2 of 2 weights"),
+        ({"places": [0, -1]}, "place is -1"),
+        ({"places": [0]}, "2 experts and 1 places"),
+        ({"experts": [], "places": []}, "0 experts"),
+        ({"experts": Layer(Gate(), 16, 4, torch.float32, 2).experts}, "in a layer of hidden size 8, width 4, gated"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(**changed)
+
+
 def test_no_tokens_and_no_experts_add_nothing() -> None:
     layer = Layer(Gate(), 8, 8, torch.float32, 2)
     hidden, out = torch.randn(3, 8), torch.zeros(3, 8)

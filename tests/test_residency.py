@@ -42,6 +42,18 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.to_admit = [expert for expert in misses if expert not in arriving]
         self.ready, self.stepping = list(hits), True
 
+    @precondition(lambda self: not self.stepping)
+    @rule(event=st.sets(st.integers(0, 7), min_size=1))
+    def begin_hits(self, event: set[int]) -> None:
+        experts = [ExpertId(0, expert) for expert in sorted(event)]
+        slots = {expert: slot for slot, expert in self.in_slot.items()}
+        possible = set(experts) <= slots.keys() - set(self.reading)
+        assert self.residency.begin_hits(experts) == possible
+        if possible:
+            assert self.residency.slots_of(experts) == [slots[expert] for expert in experts]
+            self.event = set(experts)
+            self.to_admit, self.ready, self.stepping = [], experts, True
+
     @precondition(lambda self: self.to_admit)
     @rule()
     def admit_of_the_event(self) -> None:

@@ -31,6 +31,8 @@ class GrowingLayer(DynamicLayer):
     _room: tuple[torch.Tensor, ...] | None = None
     _filled = 0
     """Tokens that have been written to `_room`."""
+    _handed: tuple[torch.Tensor, torch.Tensor] | None = None
+    """What the latest update returned."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -45,16 +47,18 @@ class GrowingLayer(DynamicLayer):
             n_rows = max(int(GROWTH * after), after + LEAST_ROOM)
             self._room = tuple(_with_room(old, n_rows) for old in (self.keys, self.values))
         for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[:, :, before:after] = new
+            room.narrow(2, before, after - before).copy_(new)
         self._filled = after
-        self.keys, self.values = (room[:, :, :after] for room in self._room)
-        return self.keys, self.values
+        self.keys, self.values = self._handed = (self._room[0].narrow(2, 0, after), self._room[1].narrow(2, 0, after))
+        return self._handed
 
     def _is_whole(self, length: int) -> bool:
         """Whether `keys` and `values` are what `_room` was filled with, all of it."""
         assert self._room is not None
         if self._room[0].is_inference() and not torch.is_inference_mode_enabled():
             return False  # may not be written to here
+        if self._handed is not None and self.keys is self._handed[0] and self.values is self._handed[1]:
+            return True
         return self._filled == length and all(
             old.data_ptr() == room.data_ptr()
             and old.shape == room[:, :, :length].shape
@@ -63,7 +67,7 @@ class GrowingLayer(DynamicLayer):
         )
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        state = {name: value for name, value in vars(self).items() if name not in ("_room", "_filled")}
+        state = {name: value for name, value in vars(self).items() if name not in ("_room", "_filled", "_handed")}
         for name in ("keys", "values"):
             if state.get(name) is not None:
                 state[name] = state[name].contiguous()

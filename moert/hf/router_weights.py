@@ -111,6 +111,9 @@ class _Enter:
         self._layer = layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ahead = self._runtime.look_ahead
+        if ahead is None or not ahead.enters(self._layer):
+            return
         hidden = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden, torch.Tensor) and hidden.is_floating_point() and hidden.dim() > 1 and hidden.is_cpu:
             self._runtime.enter(self._layer, hidden.detach().reshape(-1, hidden.shape[-1]))

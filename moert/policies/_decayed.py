@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from moert.policies._ranking import Rank, Ranking
 from moert.policies.base import Policy
 from moert.types import ExpertId
+
+_NOTHING = (0.0, 0)
 
 
 class DecayedSumPolicy(Policy):
@@ -39,12 +41,21 @@ class DecayedSumPolicy(Policy):
         self._events[layer] = self._events.get(layer, 0) + 1
 
     def _add(self, expert: ExpertId, amount: float) -> None:
-        self._sums[expert] = (self._sum(expert) + amount, self._events[expert.layer])
-        self._order += 1
-        self._orders[expert] = self._order
-        residents = self._residents.get(expert.layer)
-        if residents is not None and expert in residents:
-            self._unranked.add(expert)
+        self._add_all((expert,), expert.layer, amount)
+
+    def _add_all(self, experts: Iterable[ExpertId], layer: int, amount: float) -> None:
+        """`amount` to the sum of each of these experts of `layer`, in their order."""
+        # One step of every layer passes here, so the loop looks nothing up twice.
+        sums, orders, factor, now, order = self._sums, self._orders, self._factor, self._events[layer], self._order
+        residents = self._residents.get(layer, ())
+        for expert in experts:
+            total, event = sums.get(expert, _NOTHING)
+            order += 1
+            sums[expert] = (total * factor ** (now - event) + amount, now)
+            orders[expert] = order
+            if expert in residents:
+                self._unranked.add(expert)
+        self._order = order
 
     def _forget(self, expert: ExpertId) -> None:
         """What `expert` was added to before counts no more."""

@@ -24,9 +24,9 @@ class EMA(DecayedSumPolicy):
     def access(self, event: Sequence[ExpertId]) -> None:
         if not event:
             return
-        self._begin_event(event[0].layer)
-        for expert in event:
-            self._add(expert, self._alpha)
+        layer = event[0].layer
+        self._begin_event(layer)
+        self._add_all(event, layer, self._alpha)
 
     def wants(self, expert: ExpertId, locked: Collection[ExpertId]) -> bool:
         return self.score(expert) > self.score(self.victim(locked))

@@ -75,6 +75,7 @@ class LayerCache(ABC):
     def __init__(self, spec: LayerSpec, residency: Residency) -> None:
         self.spec = spec
         self.residency = residency
+        self.ids = tuple(ExpertId(spec.index, expert) for expert in range(spec.num_experts))
         self.stats = LayerStats(spec.name)
 
     @abstractmethod
@@ -90,6 +91,10 @@ class LayerCache(ABC):
         """A resident expert as the layer's fused kernels take it; valid while it is locked."""
         assert self.spec.fused is not None
         return self.spec.fused.expert(self.weights(expert))
+
+    def fused_experts(self, experts: Sequence[ExpertId]) -> list[Expert]:
+        """`fused_expert` of several."""
+        return [self.fused_expert(expert.expert) for expert in experts]
 
     @abstractmethod
     def _can_submit(self) -> bool:
@@ -220,6 +225,11 @@ class SlotLayer(LayerCache):
     def fused_expert(self, expert: int) -> Expert:
         assert self.spec.fused is not None
         return self._slot_of(expert).expert(self.spec.fused)
+
+    def fused_experts(self, experts: Sequence[ExpertId]) -> list[Expert]:
+        fused, slots = self.spec.fused, self._slots
+        assert fused is not None
+        return [slots[slot].expert(fused) for slot in self.residency.slots_of(experts)]
 
     def _can_submit(self) -> bool:
         return self._staging is None or self._staging.can_acquire()

@@ -65,24 +65,26 @@ class LookAhead:
                 worths[rank] += SHARE * ((expert in needed) - worths[rank])
             self._pipeline.withdraw(expert for expert in missing if expert not in needed)
 
-    @torch.inference_mode()
     def step(self, layer: int, hidden: torch.Tensor) -> None:
         """The experts of `layer` are given `hidden` [T, D]: ask for what later layers will need. Starts nothing."""
-        if not self._trial.is_on or (
-            self._is_complete(layer) and self._is_complete(min(layer + 1, len(self._layers) - 1))
-        ):
+        if self._is_idle(layer) and self._is_idle(min(layer + 1, len(self._layers) - 1)):
             return
-        for prediction in self._predictor.step(layer, hidden):
-            self._ask(_Look.STEP, prediction, len(hidden))
+        with torch.inference_mode():
+            for prediction in self._predictor.step(layer, hidden):
+                self._ask(_Look.STEP, prediction, len(hidden))
 
-    @torch.inference_mode()
+    def enters(self, layer: int) -> bool:
+        """Whether `enter` would do anything."""
+        return not self._is_idle(layer)
+
     def enter(self, layer: int, residual: torch.Tensor) -> None:
         """The block of `layer` is given `residual` [T, D]: ask for what its experts will be. Starts nothing."""
-        if not self._trial.is_on or self._is_complete(layer):
+        if self._is_idle(layer):
             return
-        prediction = self._predictor.enter(layer, residual)
-        if prediction is not None:
-            self._ask(_Look.ENTRY, prediction, len(residual))
+        with torch.inference_mode():
+            prediction = self._predictor.enter(layer, residual)
+            if prediction is not None:
+                self._ask(_Look.ENTRY, prediction, len(residual))
 
     def _note_token(self, n_tokens: int) -> None:
         """Steps of as many tokens as the one before are compared, with and without prefetches."""
@@ -90,6 +92,9 @@ class LookAhead:
         if self._last is not None and n_tokens == self._last[0] <= MOST_TOKENS and not self._is_complete(0):
             self._trial.note(now - self._last[1])
         self._last = (n_tokens, now)
+
+    def _is_idle(self, layer: int) -> bool:
+        return not self._trial.is_on or self._is_complete(layer)
 
     def _is_complete(self, layer: int) -> bool:
         """Whether there is nothing to bring up: predicting costs time too."""

@@ -10,7 +10,6 @@ from moert.errors import MoertError
 from moert.runtime.layer import LayerCache
 from moert.runtime.look_ahead import LookAhead
 from moert.runtime.pipeline import Pipeline
-from moert.types import ExpertId
 
 
 def run_one_token(
@@ -24,32 +23,29 @@ def run_one_token(
     """Run `layer` on `hidden` [1, D] as `run_step` would, to the bit, if it is as simple as it mostly is.
 
     Args:
+        hidden: contiguous.
         top_k_index: [1, K], integer.
-        top_k_weights: [1, K], fp32.
+        top_k_weights: [1, K].
 
     Returns:
-        [1, D] in fp32, new memory; None, and nothing has happened, where an expert is missing, chosen twice or has no
-        weights, and where the layer has no fused kernels.
+        [1, D] in the dtype of `hidden`, new memory; None, and nothing has happened, where an expert is missing, chosen
+        twice or no real one, a weight is 0, and where the layer has no fused kernels.
     """
     spec, residency = layer.spec, layer.residency
     if spec.fused is None:
         return None
-    ids = top_k_index[0].tolist()
-    if len(set(ids)) != len(ids) or max(ids) >= spec.num_experts:
+    weights = top_k_weights
+    if weights.dtype is not torch.float32 or not weights.is_contiguous():
+        weights = weights.to(torch.float32).contiguous()
+    ids = top_k_index.tolist()[0]
+    places = sorted(range(len(ids)), key=ids.__getitem__)
+    if not ids or ids[places[0]] < 0 or ids[places[-1]] >= spec.num_experts or len(set(ids)) != len(ids):
         return None
-    weights = top_k_weights[0].contiguous()
-    picks = sorted(
-        (expert, place)
-        for place, (expert, weight) in enumerate(zip(ids, weights.tolist(), strict=True))
-        if expert >= 0 and weight != 0
-    )
-    event = [ExpertId(spec.index, expert) for expert, _ in picks]
-    if not all(expert in residency for expert in event):
+    if 0 in weights.tolist()[0]:
         return None
-    out = torch.zeros(hidden.shape, dtype=torch.float32)
-    if not event:
-        return out
-    residency.begin(event)
+    event = [layer.ids[ids[place]] for place in places]
+    if not residency.begin_hits(event):
+        return None
     try:
         layer.stats.hits += len(event)
         if look_ahead is not None:
@@ -59,8 +55,7 @@ def run_one_token(
             pipeline.collect()
             pipeline.pump()
         begin = perf_counter()
-        experts = [layer.fused_expert(expert) for expert, _ in picks]
-        spec.fused.ffn.run_token(hidden, experts, [place for _, place in picks], weights, out)
+        out = spec.fused.ffn.run_token(hidden, layer.fused_experts(event), places, weights)
         layer.stats.compute_s += perf_counter() - begin
     except MoertError:
         residency.end()

@@ -58,13 +58,13 @@ def run_step(
             what it has cut short.
     """
     spec = layer.spec
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
     hidden = hidden.contiguous()
-    top_k_weights = top_k_weights.to(dtype)
-    if hidden.shape[0] == 1 and scores is None and not check:
+    if len(hidden) == 1 and scores is None and not check:
         simple = run_one_token(layer, hidden, top_k_index, top_k_weights, pipeline, look_ahead)
         if simple is not None:
-            return simple.to(hidden.dtype)
+            return simple
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    top_k_weights = top_k_weights.to(dtype)
     out = torch.zeros(hidden.shape, dtype=dtype)
     groups = group_by_expert(top_k_index, top_k_weights, spec.num_experts + spec.num_identity)
     real = [group for group in groups if group.expert < spec.num_experts]
