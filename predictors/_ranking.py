@@ -22,6 +22,10 @@ def rank(layer: int, router: Router, hidden: torch.Tensor) -> Prediction:
     if router.correction is not None:
         logits = logits.float().sigmoid() + router.correction
     n = min(logits.shape[1], int(MARGIN * router.top_k))
+    if len(hidden) == 1:
+        (order,) = logits.topk(n, dim=1).indices.tolist()
+        kept = [(expert, place) for place, expert in enumerate(order) if expert < router.num_experts]
+        return Prediction(layer, [expert for expert, _ in kept], [place for _, place in kept])
     ranked: dict[int, int] = {}
     for place, experts in enumerate(logits.topk(n, dim=1).indices.t().tolist()):
         for expert in experts:

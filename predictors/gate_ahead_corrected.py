@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moert.kernels.norm import rms_norm
 from moert.predictors._ranking import rank
 from moert.predictors.base import Prediction, Predictor, Router
 
@@ -14,6 +15,9 @@ FEW_TOKENS = 16
 
 SHARE = 0.1
 """Of such a step in what has been learned."""
+
+EPS = 1e-12
+"""Added to a mean square, which may be 0."""
 
 EVERY = 4
 """Of so many such steps one is learned from: what is learned changes slowly, and learning takes time."""
@@ -28,11 +32,15 @@ class _Channels:
         """Variance of the source, covariance of both."""
         self._gain = torch.ones(width)
         self._offset = torch.zeros(width)
+        self._applied: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Gain and offset in the dtype of what they are applied to."""
         self._steps = 0
 
     def apply(self, source: torch.Tensor) -> torch.Tensor:
-        """The expected target of each row of `source` [T, D], in fp32."""
-        return torch.addcmul(self._offset, source.float(), self._gain)
+        """The expected target of each row of `source` [T, D], in its dtype."""
+        if self._applied is None or self._applied[0].dtype is not source.dtype:
+            self._applied = (self._gain.to(source.dtype), self._offset.to(source.dtype))
+        return torch.addcmul(self._applied[1], source, self._applied[0])
 
     def learn(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """`source` became `target`, both [T, D]."""
@@ -50,6 +58,7 @@ class _Channels:
         known = self._moments[0] > 0
         self._gain = torch.where(known, self._moments[1] / self._moments[0], self._gain)
         self._offset = self._mean[1] - self._gain * self._mean[0]
+        self._applied = None
 
 
 class GateAheadCorrected(Predictor):
@@ -67,6 +76,7 @@ class GateAheadCorrected(Predictor):
         self._from_entry: dict[int, _Channels] = {}
         self._hidden: tuple[int, torch.Tensor] | None = None
         self._entered: tuple[int, torch.Tensor] | None = None
+        self._ones: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     def step(self, layer: int, hidden: torch.Tensor) -> Sequence[Prediction]:
         if self._hidden is not None and self._hidden[0] == layer - 1:
@@ -78,10 +88,20 @@ class GateAheadCorrected(Predictor):
         return [] if (found := self._look(self._from_step, layer + 1, hidden)) is None else [found]
 
     def enter(self, layer: int, residual: torch.Tensor) -> Prediction | None:
-        scaled = residual.float()
-        scaled = scaled * scaled.square().mean(-1, keepdim=True).rsqrt()
+        scaled = self._scaled(residual)
         self._entered = (layer, scaled)
         return self._look(self._from_entry, layer, scaled)
+
+    def _scaled(self, residual: torch.Tensor) -> torch.Tensor:
+        """Each row [D] of `residual` over the root of its mean square."""
+        key = (residual.shape[-1], residual.dtype)
+        if key not in self._ones:
+            self._ones[key] = torch.ones(key[0], dtype=key[1])
+        scaled = rms_norm(residual, self._ones[key], EPS, "before_rounding")
+        if scaled is None:
+            scaled = residual.float()
+            scaled = scaled * (scaled.square().mean(-1, keepdim=True) + EPS).rsqrt()
+        return scaled
 
     def _learn(self, known: dict[int, _Channels], layer: int, source: torch.Tensor, target: torch.Tensor) -> None:
         if source.shape != target.shape:
