@@ -20,6 +20,9 @@ from moert.kernels.planning import (
     plan_arguments,
 )
 
+PASSING = 8
+"""As `moert.turnover.PASSING`, which is above this."""
+
 
 @dataclass(frozen=True, eq=False)
 class EmaState:
@@ -65,13 +68,14 @@ def _kernel(
     out_slots_ptr: tl.tensor,
     out_victims_ptr: tl.tensor,
     out_count_ptr: tl.tensor,
-    too_many_ptr: tl.tensor,
+    out_rounds_ptr: tl.tensor,
     count: tl.tensor,
     experts: tl.tensor,
     slots: tl.tensor,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    PASSING: tl.constexpr,
 ) -> None:
     event = tl.load(counters_ptr) + 1
     uses = tl.load(counters_ptr + 1)
@@ -80,13 +84,11 @@ def _kernel(
     slot_of = tl.load(slot_of_ptr + e, mask=wanted, other=-1)
     missed = wanted & (slot_of < 0)
     size = tl.sum(wanted.to(tl.int32), axis=0)
-    fits = size <= slots
-    misses = tl.where(fits, tl.sum(missed.to(tl.int32), axis=0), 0)
+    misses = tl.sum(missed.to(tl.int32), axis=0)
     tl.store(counters_ptr, event)
-    tl.store(too_many_ptr, tl.where(fits, 0, size))
     tl.store(out_count_ptr, misses)
     # An event without experts is none, for the policy too.
-    if fits & (size > 0):
+    if size > 0:
         scores = tl.load(scores_ptr + e, mask=e < experts, other=0.0) * tl.load(rates_ptr)
         scores = tl.where(wanted, scores + tl.load(rates_ptr + 1), scores)
         tl.store(scores_ptr + e, scores, mask=e < experts)
@@ -99,18 +101,37 @@ def _kernel(
     score = tl.load(scores_ptr + owner, mask=owned, other=-1.0)
     last_use = tl.load(last_uses_ptr + owner, mask=owned, other=0)
     locked = tl.load(marks_ptr + owner, mask=owned, other=0) == event
-    score = tl.where(locked | (s >= slots), float("inf"), score)
+    if out_rounds_ptr is None:
+        score = tl.where(locked | (s >= slots), float("inf"), score)
+    else:
+        own_score = tl.where(s < slots, score, float("inf"))
+        next_round = locked.to(tl.int32)
+        admitted = tl.full((BLOCK_S,), -1, tl.int32)
+        kept = tl.minimum(PASSING - 1, slots - 1)
     # Free slots score less than anything, the lowest first.
     last_use = tl.where(owned, last_use, s.to(tl.int64))
     expert = -1
     for place in range(misses):
+        if out_rounds_ptr is not None:
+            score = tl.where(locked, float("inf"), own_score)
+            if tl.min(score, axis=0) == float("inf"):
+                score = tl.where((admitted >= 0) & (admitted >= place - kept), float("inf"), own_score)
         lowest = score == tl.min(score, axis=0)
         oldest = lowest & (last_use == tl.min(tl.where(lowest, last_use, 1 << 62), axis=0))
         # Only those never used can be equal even now.
         victim = tl.min(tl.where(oldest, owner, 1 << 30), axis=0)
         slot = tl.min(tl.where(oldest & (owner == victim), s, BLOCK_S), axis=0)
         expert = tl.min(tl.where(missed & (e > expert), e, BLOCK_E), axis=0)
-        score = tl.where(s == slot, float("inf"), score)
+        if out_rounds_ptr is None:
+            score = tl.where(s == slot, float("inf"), score)
+        else:
+            tl.store(out_rounds_ptr + place, tl.sum(tl.where(s == slot, next_round, 0), axis=0))
+            next_round += (s == slot).to(tl.int32)
+            owner = tl.where(s == slot, expert, owner)
+            own_score = tl.where(s == slot, tl.load(scores_ptr + expert), own_score)
+            last_use = tl.where(s == slot, tl.load(last_uses_ptr + expert), last_use)
+            locked = locked | (s == slot)
+            admitted = tl.where(s == slot, place, admitted)
         move_in(
             expert,
             slot,
@@ -124,7 +145,7 @@ def _kernel(
         )
 
 
-def plan_ema(state: EmaState, ids: torch.Tensor) -> Plan:
+def plan_ema(state: EmaState, ids: torch.Tensor, *, passing: bool = False) -> Plan:
     """Take an event, and give its misses the slots of those that lately were in the fewest events.
 
     Step for step what `moert.policies.ema.EMA` decides for one layer's cache when `moert.turnover` drives it; of equal
@@ -132,33 +153,35 @@ def plan_ema(state: EmaState, ids: torch.Tensor) -> Plan:
     the event of an expert's last use, this event by event. Experts that were in the same events score the same in both
     to the last bit. Others score the same but for rounding, so the two agree on all whose scores differ by more than
     about 1e-12 of themselves; below 1e-300, after some 20,000 events without a use, the policy goes on telling them
-    apart and this does not. Free slots come first, the lowest before the others. An event of more experts than slots
-    changes nothing and says so. One program, a loop over the misses; a CUDA graph may capture it. Does not wait for the
-    device.
+    apart and this does not. Free slots come first, the lowest before the others. One program, a loop over the misses; a
+    CUDA graph may capture it. Does not wait for the device.
 
     Args:
         state: of the layer that the event is of, changed in place.
         ids: [T, K] int32 or int64; numbers outside 0 to E - 1 are no experts.
+        passing: the event may have more experts than there are slots; see `Plan.rounds`.
 
     Returns:
         New memory.
 
     Raises:
-        ValueError: ids of the wrong dtype, layout or device.
+        ValueError: ids of the wrong dtype, layout or device, or, unless `passing`, so many that they could be of more
+            experts than there are slots. Nothing is changed.
         KernelUnavailableError: the device cannot run it.
     """
-    launch, plan = _launch(state, ids)
+    launch, plan = _launch(state, ids, passing)
     launch.run(ids.device)
     return plan
 
 
-def _launch(state: EmaState, ids: torch.Tensor) -> tuple[Launch, Plan]:
-    plan = new_plan(state.residents, ids)
+def _launch(state: EmaState, ids: torch.Tensor, passing: bool = False) -> tuple[Launch, Plan]:
+    plan = new_plan(state.residents, ids, passing)
     arguments = {
         **plan_arguments(state.residents, plan, ids),
         "scores_ptr": state.scores,
         "last_uses_ptr": state.last_uses,
         "rates_ptr": state.rates,
+        "PASSING": PASSING,
     }
     return Launch(_kernel, (1,), arguments, {"num_warps": 4 if state.residents.slots <= 1024 else 8}), plan
 
@@ -167,6 +190,9 @@ def compile_specs(capability: int) -> list[CompileSpec]:
     """What the compile check compiles for a compute capability."""
     ids = torch.empty(8, 8, dtype=torch.int64, device="meta")
     return [
-        CompileSpec(f"plan_ema[{experts},{slots}]", _launch(new_ema(experts, slots, "meta"), ids)[0])
-        for experts, slots in ((128, 96), (512, 512))
+        CompileSpec(
+            f"plan_ema[{experts},{slots}{',passing' * passing}]",
+            _launch(new_ema(experts, slots, "meta"), ids, passing)[0],
+        )
+        for experts, slots, passing in ((128, 96, False), (512, 512, False), (128, 96, True))
     ]

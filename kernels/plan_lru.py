@@ -50,7 +50,7 @@ def _kernel(
     out_slots_ptr: tl.tensor,
     out_victims_ptr: tl.tensor,
     out_count_ptr: tl.tensor,
-    too_many_ptr: tl.tensor,
+    out_rounds_ptr: tl.tensor,
     count: tl.tensor,
     experts: tl.tensor,
     slots: tl.tensor,
@@ -67,20 +67,18 @@ def _kernel(
     missed = wanted & (slot_of < 0)
     hits = tl.sum(hit.to(tl.int32), axis=0)
     misses = tl.sum(missed.to(tl.int32), axis=0)
-    fits = hits + misses <= slots
     tl.store(counters_ptr, event)
-    tl.store(too_many_ptr, tl.where(fits, 0, hits + misses))
-    misses = tl.where(fits, misses, 0)
+    tl.store(counters_ptr + 1, uses + hits + misses)
     tl.store(out_count_ptr, misses)
-    if fits:
-        rank = tl.cumsum(hit.to(tl.int32), axis=0) - 1
-        tl.store(stamps_ptr + slot_of, uses + rank, mask=hit)
-        tl.store(counters_ptr + 1, uses + hits + misses)
+    rank = tl.cumsum(hit.to(tl.int32), axis=0) - 1
+    tl.store(stamps_ptr + slot_of, uses + rank, mask=hit)
     tl.debug_barrier()  # stamps are read again, by slot
     s = tl.arange(0, BLOCK_S)
     owner = tl.load(owner_ptr + s, mask=s < slots, other=-1)
-    # Free slots first. There are as many slots as the event has experts, so none of its own is reached.
+    # Free slots first. The event's own experts are younger than all others, so they are reached when no other is left.
     age = tl.load(stamps_ptr + s, mask=s < slots, other=0)
+    if out_rounds_ptr is not None:
+        next_round = ((owner >= 0) & (age >= uses)).to(tl.int32)
     age = tl.where(owner < 0, s.to(tl.int64) - (1 << 62), age)
     age = tl.where(s < slots, age, (1 << 62))
     expert = -1
@@ -88,8 +86,12 @@ def _kernel(
         slot = tl.argmin(age, axis=0).to(tl.int32)
         victim = tl.sum(tl.where(s == slot, owner, 0), axis=0)
         expert = tl.min(tl.where(missed & (e > expert), e, BLOCK_E), axis=0)
-        age = tl.where(s == slot, (1 << 62), age)
+        age = tl.where(s == slot, uses + hits + place, age)
         tl.store(stamps_ptr + slot, uses + hits + place)
+        if out_rounds_ptr is not None:
+            tl.store(out_rounds_ptr + place, tl.sum(tl.where(s == slot, next_round, 0), axis=0))
+            next_round += (s == slot).to(tl.int32)
+            owner = tl.where(s == slot, expert, owner)
         move_in(
             expert,
             slot,
@@ -103,34 +105,35 @@ def _kernel(
         )
 
 
-def plan_lru(state: LruState, ids: torch.Tensor) -> Plan:
+def plan_lru(state: LruState, ids: torch.Tensor, *, passing: bool = False) -> Plan:
     """Take an event, and give its misses the slots of those whose last event is longest ago.
 
     Step for step what `moert.policies.lru.LRU` decides when `moert.turnover` drives it: every expert counts once an
     event, hits are older than misses, and of each the lower id is the older. Free slots come first, the lowest before
-    the others. An event of more experts than slots changes nothing and says so. One program, a loop over the misses; a
-    CUDA graph may capture it. Does not wait for the device.
+    the others. One program, a loop over the misses; a CUDA graph may capture it. Does not wait for the device.
 
     A planner on the device is FreeToken's (2026) and vLLM's expert pool's idea.
 
     Args:
         state: of the layer that the event is of, changed in place.
         ids: [T, K] int32 or int64; numbers outside 0 to E - 1 are no experts.
+        passing: the event may have more experts than there are slots; see `Plan.rounds`.
 
     Returns:
         New memory.
 
     Raises:
-        ValueError: ids of the wrong dtype, layout or device.
+        ValueError: ids of the wrong dtype, layout or device, or, unless `passing`, so many that they could be of more
+            experts than there are slots. Nothing is changed.
         KernelUnavailableError: the device cannot run it.
     """
-    launch, plan = _launch(state, ids)
+    launch, plan = _launch(state, ids, passing)
     launch.run(ids.device)
     return plan
 
 
-def _launch(state: LruState, ids: torch.Tensor) -> tuple[Launch, Plan]:
-    plan = new_plan(state.residents, ids)
+def _launch(state: LruState, ids: torch.Tensor, passing: bool = False) -> tuple[Launch, Plan]:
+    plan = new_plan(state.residents, ids, passing)
     arguments = {**plan_arguments(state.residents, plan, ids), "stamps_ptr": state.stamps}
     return Launch(_kernel, (1,), arguments, {"num_warps": 4 if state.residents.slots <= 1024 else 8}), plan
 
@@ -139,6 +142,9 @@ def compile_specs(capability: int) -> list[CompileSpec]:
     """What the compile check compiles for a compute capability."""
     ids = torch.empty(8, 8, dtype=torch.int64, device="meta")
     return [
-        CompileSpec(f"plan_lru[{experts},{slots}]", _launch(new_lru(experts, slots, "meta"), ids)[0])
-        for experts, slots in ((128, 96), (8192, 4096))
+        CompileSpec(
+            f"plan_lru[{experts},{slots}{',passing' * passing}]",
+            _launch(new_lru(experts, slots, "meta"), ids, passing)[0],
+        )
+        for experts, slots, passing in ((128, 96, False), (8192, 4096, False), (128, 96, True))
     ]

@@ -36,7 +36,12 @@ class Residents:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What an event's misses change; on the device. Entries from `count` on are not set."""
+    """What an event's misses change; on the device. Entries from `count` on are not set.
+
+    Where an event may have more experts than there are slots, slots come up again and again, and entries are worked
+    off in rounds: copy those of round 0, compute the event's experts that were there before and those of round 0, copy
+    those of round 1 and compute them, and so on. `Residents` then says who is left at the end.
+    """
 
     experts: torch.Tensor
     """int32 [M], those that come, ascending. With `slots` and `count` what `copy_rows` takes."""
@@ -46,8 +51,9 @@ class Plan:
     """int32 [M], the experts that leave those slots, -1 where a slot was free."""
     count: torch.Tensor
     """int32 [1]."""
-    too_many: torch.Tensor
-    """int32 [1]: 0, or how many experts the event has if there are more than slots. Then nothing was changed."""
+    rounds: torch.Tensor | None = None
+    """int32 [M], the round of each; within one no slot comes up twice, and none is of an expert that is still to be
+    computed. None: all are of round 0."""
 
 
 def new_residents(experts: int, slots: int, device: torch.device | str) -> Residents:
@@ -70,19 +76,26 @@ MOST = 8192
 """Experts and slots that one program can plan for."""
 
 
-def new_plan(residents: Residents, ids: torch.Tensor) -> Plan:
-    """Room for the misses of an event, once its ids are checked.
+def new_plan(residents: Residents, ids: torch.Tensor, passing: bool) -> Plan:
+    """Room for the misses of an event, once its ids are checked; with rounds if `passing`.
 
     Raises:
-        ValueError: ids of the wrong dtype, layout or device.
+        ValueError: ids of the wrong dtype, layout or device, or of more experts than there are slots, perhaps, and not
+            `passing`.
     """
     check_tensor("ids", ids, 2, (torch.int32, torch.int64), residents.slot_of.device)
-    most = max(1, min(ids.numel(), residents.experts, residents.slots))
+    most = min(ids.numel(), residents.experts)
+    if most > residents.slots and not passing:
+        raise ValueError(
+            f"ids {list(ids.shape)} may be of {most} of {residents.experts} experts, and there are {residents.slots} "
+            "slots; plan fewer tokens at a time, or with passing=True and work the plan off in rounds"
+        )
 
     def new(size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int32, device=ids.device)
 
-    return Plan(new(most), new(most), new(most), new(1), new(1))
+    most = max(1, most)
+    return Plan(new(most), new(most), new(most), new(1), new(most) if passing else None)
 
 
 def plan_arguments(residents: Residents, plan: Plan, ids: torch.Tensor) -> dict[str, object]:
@@ -97,7 +110,7 @@ def plan_arguments(residents: Residents, plan: Plan, ids: torch.Tensor) -> dict[
         "out_slots_ptr": plan.slots,
         "out_victims_ptr": plan.victims,
         "out_count_ptr": plan.count,
-        "too_many_ptr": plan.too_many,
+        "out_rounds_ptr": plan.rounds,
         "count": ids.numel(),
         "experts": residents.experts,
         "slots": residents.slots,

@@ -9,12 +9,13 @@ import torch
 from triton_support import DEVICE
 
 from moert.errors import ConfigError
+from moert.kernels import plan_ema as plan_ema_module
 from moert.kernels.plan_ema import new_ema, plan_ema
 from moert.kernels.plan_lru import new_lru, plan_lru
 from moert.kernels.planning import Plan, Residents
 from moert.policies import make_policy
 from moert.policies.base import Policy
-from moert.turnover import turn_over
+from moert.turnover import PASSING, turn_over
 from moert.types import ExpertId
 
 
@@ -91,18 +92,73 @@ def test_experts_of_the_same_events_leave_by_last_use_and_id() -> None:
             assert (came, [victim for victim in left if victim >= 0]) == (misses, victims), (name, event)
 
 
+def check_rounds(
+    event: set[int], before: list[int], came: list[int], slots: list[int], left: list[int], rounds: list[int]
+) -> None:
+    """Work a plan off as `Plan` says, on slots that had `before`: every expert of the event is computed once."""
+    held = dict(enumerate(before))
+    computed: set[int] = set()
+    for turn in range(max(rounds, default=-1) + 1):
+        entries = [place for place, of in enumerate(rounds) if of == turn]
+        assert entries or not turn, "no round is empty but that of hits"
+        targets = [slots[place] for place in entries]
+        assert len(set(targets)) == len(targets)
+        for place in entries:
+            assert held[slots[place]] == left[place]
+            assert left[place] not in event or left[place] in computed, "it was overwritten before it was computed"
+            held[slots[place]] = came[place]
+        if not turn:
+            computed.update(event.intersection(before))
+        computed.update(came[place] for place in entries)
+    computed.update(event.intersection(before))
+    assert computed == event
+
+
+@pytest.mark.parametrize("name", ["lru", "ema", "ema,alpha=0.5"])
+@pytest.mark.parametrize(
+    ("experts", "slots", "largest"), [(40, 12, 40), (60, 14, 26), (24, 5, 20), (9, 1, 5), (30, 30, 30)]
+)
+def test_events_larger_than_the_cache_pass_through_it(name: str, experts: int, slots: int, largest: int) -> None:
+    torch.manual_seed(slots)
+    host = Host(make_policy(name, slots))
+    plan, state = planner(name, experts, slots)
+    larger = 0
+    popular = torch.rand(experts) ** 3 + 0.01
+    for step in range(16):
+        size = largest if step % 3 == 1 else int(torch.randint(1, largest + 1, ()))
+        ids = torch.multinomial(popular, size).view(-1, 1)
+        before = state.residents.owner.tolist()
+        misses, victims = host.step(ids)
+        result = plan(state, ids.to(DEVICE), passing=True)
+        came, slots_taken, left = listed(result)
+        assert came == misses, step
+        assert [victim for victim in left if victim >= 0] == victims, step
+        assert result.rounds is not None
+        rounds = result.rounds[: len(came)].tolist()
+        check_rounds(set(ids.flatten().tolist()), before, came, slots_taken, left, rounds)
+        assert size > slots or not any(rounds)
+        assert {e for e in state.residents.owner.tolist() if e >= 0} == {e.expert for e in host.residents}
+        check_tables(state.residents)
+        larger += size > slots
+    assert larger > 4 or slots == experts
+
+
 @pytest.mark.parametrize("name", ["lru", "ema"])
-def test_an_event_larger_than_the_cache_changes_nothing(name: str) -> None:
+def test_an_event_that_may_be_larger_than_the_cache_is_refused_unless_it_may_pass(name: str) -> None:
     plan, state = planner(name, 8, 3)
     plan(state, torch.tensor([[0, 1]], device=DEVICE))
-    before = [tensor.clone() for tensor in (state.residents.slot_of, state.residents.owner)]
-    scores = state.scores.clone() if name == "ema" else state.stamps.clone()
-    result = plan(state, torch.tensor([[0, 5], [6, 7]], device=DEVICE))
-    assert int(result.count) == 0 and int(result.too_many) == 4
-    assert torch.equal(before[0], state.residents.slot_of) and torch.equal(before[1], state.residents.owner)
-    assert torch.equal(scores, state.scores if name == "ema" else state.stamps)
-    result = plan(state, torch.tensor([[0, 5], [5, 7]], device=DEVICE))
-    assert int(result.too_many) == 0 and listed(result) == ([5, 7], [2, 1], [-1, 1])
+    tensors = [*vars(state.residents).values(), *(v for v in vars(state).values() if isinstance(v, torch.Tensor))]
+    before = [tensor.clone() for tensor in tensors]
+    with pytest.raises(ValueError, match=r"ids \[2, 2\] may be of 4 of 8 experts, and there are 3 slots"):
+        plan(state, torch.tensor([[0, 5], [5, 7]], device=DEVICE))
+    assert all(torch.equal(tensor, kept) for tensor, kept in zip(tensors, before, strict=True))
+    result = plan(state, torch.tensor([[0, 5], [5, 7]], device=DEVICE), passing=True)
+    assert listed(result) == ([5, 7], [2, 1], [-1, 1])
+    assert plan(state, torch.tensor([[0, 5, 7]], device=DEVICE)).rounds is None
+
+
+def test_so_many_pass_as_the_engine_lets_pass() -> None:
+    assert plan_ema_module.PASSING == PASSING
 
 
 @pytest.mark.parametrize("name", ["lru", "ema"])

@@ -26,7 +26,10 @@ class OffloadedExperts(nn.Module):
         original = adapter.module
         stacked = set(adapter.names)
         for name, value in vars(original).items():
-            if name in ("training", "_is_expert_parallel") or not (name.startswith("_") or name in vars(self)):
+            # A `forward` of the instance, as accelerate's hooks make one, would run the original.
+            if name in ("training", "_is_expert_parallel") or not (
+                name.startswith("_") or name == "forward" or name in vars(self)
+            ):
                 self.__dict__[name] = value
         for name, parameter in original._parameters.items():
             if name not in stacked:
@@ -80,16 +83,19 @@ class OffloadedExperts(nn.Module):
         if self.runtime is None:
             raise MoertError("these experts have not been loaded: loading was interrupted; load the model again")
         if hidden_states.dtype != self.dtype:
-            raise MoertError(
-                f"the experts are {self.dtype}, but were called with {hidden_states.dtype} hidden states; a model "
-                "whose experts are offloaded cannot be cast: unpatch, cast, patch, or load it with dtype=..."
-            )
+            raise self._wrong_dtype(hidden_states.dtype)
         flat = self.adapter.flatten(hidden_states).to("cpu")
         scores = None if self.scores is None else self.scores(top_k_index, top_k_weights)
         output = self.runtime.run(
             self.layer, self.adapter.compute, flat, top_k_index.to("cpu"), top_k_weights.to("cpu"), scores
         )
         return self.adapter.unflatten(output.to(hidden_states.device), hidden_states)
+
+    def _wrong_dtype(self, dtype: torch.dtype) -> MoertError:
+        return MoertError(
+            f"the experts are {self.dtype}, but were called with {dtype} hidden states; a model whose experts are "
+            "offloaded cannot be cast: unpatch, cast, patch, or load it with dtype=..."
+        )
 
     def extra_repr(self) -> str:
         return (

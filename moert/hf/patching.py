@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from moert.config import OffloadConfig, format_bytes
-from moert.errors import CapacityError, MoertError, UnsupportedModelError
+from moert.errors import CapacityError, ConfigError, MoertError, UnsupportedModelError
 from moert.hf.adapters import ExpertsAdapter, find_experts
 from moert.hf.dense_compute import give_back, take_over
+from moert.hf.device_experts import DeviceExperts, check_layers, warn_of_fallbacks
 from moert.hf.experts import OffloadedExperts
 from moert.hf.layers import Layers, make_layers
 from moert.hf.model import is_marked, mark, offloaded_modules, runtime_of, unmark
 from moert.hf.quantizer import forget_quantizer
 from moert.hf.router_weights import look_ahead, look_no_more
+from moert.runtime.device_layer import is_device
 from moert.runtime.preload import Progress
 from moert.runtime.runtime import OffloadRuntime
 from moert.runtime.spill import SpillSource
@@ -75,14 +77,22 @@ def patch(model: nn.Module, config: OffloadConfig, progress: Progress | None = N
             _check_parameter(f"{path}.{name}", adapter.stacked(name))
     layers = make_layers(adapters, sharing(adapters))
     owners = [adapters[spec.name] for spec in layers.specs]
+    on_device = check_layers(layers.specs, owners)
     freed: list[_Freed] = []
     if _fits(layers, config):
-        runtime = OffloadRuntime.in_parameters(layers.specs, [_experts(owner) for owner in owners], config)
+        experts = [_experts(owner) for owner in owners]
+        runtime = OffloadRuntime.in_parameters(layers.specs, experts, config, on_device)
+    elif on_device:
+        raise ConfigError(
+            f"host_memory={config.host_memory!r} is less than the experts' {format_bytes(_expert_bytes(layers))}, and "
+            f"{len(on_device)} of {len(layers.specs)} layers have theirs on a GPU, where this version of moert leaves "
+            "them; leave host_memory out, or move the model to the CPU before patching"
+        )
     else:
         source = SpillSource.write(layers.specs, map(_experts, owners), config.cache_dir, direct=config.direct_io)
         runtime = _move_to_slots(owners, layers, source, config, progress, freed)
     for path, adapter in adapters.items():
-        module = OffloadedExperts(adapter)
+        module = (DeviceExperts if layers.layer_of[path] in on_device else OffloadedExperts)(adapter)
         module.training = adapter.module.training
         module.bind(runtime, layers.layer_of[path])
         model.set_submodule(path, module)
@@ -90,6 +100,7 @@ def patch(model: nn.Module, config: OffloadConfig, progress: Progress | None = N
     look_ahead(model, runtime)
     model.__dict__["_moert_freed"] = freed
     take_over(model, config.dense_kernels)
+    warn_of_fallbacks(runtime)
     return model
 
 
@@ -226,9 +237,9 @@ def _check_parameter(name: str, parameter: nn.Parameter) -> None:
         raise UnsupportedModelError(
             f"{name} has no values (meta device): the model is offloaded by accelerate; load it with moert.load instead"
         )
-    if parameter.device.type != "cpu":
+    if parameter.device.type != "cpu" and not is_device(parameter.device):
         raise UnsupportedModelError(
-            f"{name} is on {parameter.device}; this version of moert runs experts on the CPU: move the model there"
+            f"{name} is on {parameter.device}; moert runs experts on the CPU and on CUDA devices: move the model there"
         )
     if not parameter.is_contiguous():
         raise UnsupportedModelError(

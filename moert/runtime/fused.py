@@ -33,7 +33,7 @@ class FusedExperts:
         they are stored: matrices in another one than plain lie as rows whatever the layout says."""
         shapes = {spec.name: spec.shape for spec in specs}
         width, hidden = shapes[layout.down] if layout.transposed else reversed(shapes[layout.down])
-        self._layout = layout
+        self.layout = layout
         self._format = weight_format
         self._transposed = layout.transposed and weight_format == "plain"
         self.ffn = ExpertFfn(gate, hidden, width, specs[0].dtype)
@@ -45,7 +45,7 @@ class FusedExperts:
 
     def expert(self, weights: Mapping[str, torch.Tensor]) -> Expert:
         """One expert of these tensors, which it keeps alive."""
-        layout = self._layout
+        layout = self.layout
         return self.ffn.expert(
             matrix(self._format, weights, layout.up, transposed=self._transposed),
             matrix(self._format, weights, layout.down, transposed=self._transposed),

@@ -1,0 +1,112 @@
+"""The session for a machine with a GPU, as far as it can run without one: every step on tiny sizes, interpreted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "bench" / "gpu_session.sh"
+STEPS = ("tests", "parity", "peaks", "decode", "grouped", "copies", "overlap", "model", "sanitizer", "sweep")
+GOALS = {"G1", "G3", "G4", "G6", "G7", "G8", "end to end", "sanitizer"}
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="triton's interpreter is off: there is a GPU"
+)
+
+
+def session(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(
+        [str(SCRIPT), str(folder), *options], capture_output=True, text=True, env=environment, timeout=280
+    )
+
+
+def test_a_dry_run_goes_through_every_step(tmp_path: Path) -> None:
+    child = session(tmp_path / "out", "--dry-run")
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+    found = json.loads((tmp_path / "out" / "gpu-session-dry-run.json").read_text())
+    assert found["dry_run"] is True
+    assert {name: step["ended"] for name, step in found["steps"].items()} == dict.fromkeys(STEPS, "well")
+    rows = [row for step in found["steps"].values() for row in step["rows"]]
+    assert {row["goal"] for row in rows} - {"", "sweep"} == GOALS
+    assert not any(row.get("wrong") for row in rows)
+    taken = [row for row in rows if row["what"] != "compute-sanitizer"]
+    assert all(row["value"] is not None for row in taken)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "gpu-session.log",
+        "gpu-session-dry-run.json",
+        *(f"gpu-session-dry-run-{name}.png" for name in ("decode", "grouped", "copies")),
+    }
+    # The table comes last, and says that it is none.
+    last = child.stdout[child.stdout.rindex("Steps") :]
+    assert "the times mean nothing" in last and "G8" in last and "yes" not in last
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    child = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "gpu_session.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        timeout=120,
+    )
+    assert child.returncode == 2 and "there is no CUDA device" in child.stderr
+    child = session(tmp_path, "--dry-run", "--only", "decode,nothing")
+    assert child.returncode == 2 and "no step 'nothing'" in child.stdout
+
+
+def test_a_step_that_fails_or_hangs_ends_alone(bench_on_path: None, capfd: pytest.CaptureFixture[str]) -> None:
+    import gpu_session
+
+    def late(context: Any) -> None:
+        context.rows.add("before", 1.0, "x")
+        subprocess.run(["sleep", "31.4159"], check=False)
+
+    def bad(context: Any) -> None:
+        context.rows.add("before", 1.0, "x")
+        raise ValueError("no good")
+
+    def dead(context: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def wrong(context: Any) -> None:
+        context.rows.add("a kernel", None, "us", wrong=True)
+
+    ends = {}
+    for work in (late, bad, dead, wrong):
+        begin = time.monotonic()
+        step = gpu_session.Step(work.__name__, 4.0, work)
+        ends[work.__name__] = gpu_session.run_step(step, {}, begin + 60, dry=True, tiny=False)
+        assert time.monotonic() - begin < 20
+    assert ends["late"]["ended"].startswith("not within 4")
+    assert ends["bad"]["ended"] == "ValueError: no good"
+    assert ends["dead"]["ended"] == "with exit code -9"
+    assert ends["wrong"]["ended"] == "1 wrong"
+    assert [len(end["rows"]) for end in ends.values()] == [1, 1, 0, 1]
+    assert "31.4159" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    capfd.readouterr()
+
+
+def test_nothing_is_timed_that_is_wrong(bench_on_path: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_decode
+    import torch
+    import triton_support
+    from gpu_layers import TINY, Setting
+    from gpu_results import Rows
+
+    assert triton_support.INTERPRETED
+    monkeypatch.setattr(gpu_decode, "FASTER", {})
+    monkeypatch.setattr(gpu_decode, "device_experts", lambda bank, x, *step: x * 1.02)
+    monkeypatch.setattr(gpu_decode, "race", lambda calls, device: pytest.fail("timed") if calls else {})
+    rows = Rows(tmp_path / "rows.json")
+    gpu_decode.run(Setting(torch.device("cpu"), TINY), rows, {})
+    assert rows.rows and all(row["wrong"] and row["value"] is None for row in rows.rows)
