@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import moert.hf  # noqa: F401  # registers the quantizer plug-in, so that OffloadConfig works with from_pretrained
@@ -60,6 +61,7 @@ def patch(model: Model, *, progress: Progress | None = None, **options: Any) -> 
 
     Without `host_memory`, or with enough of it, the experts stay in the very parameters they are in. With less, they
     are written to an unnamed file in `cache_dir` and their memory is freed, save for the slots. Blocks while it writes.
+    Experts on a CUDA device stay in their parameters there, all of them, and moert's Triton kernels compute them.
 
     Returns:
         `model` itself. At the end of a `with` statement over it, it is unpatched.
@@ -118,13 +120,24 @@ def resize(model: nn.Module, host_memory: int | float | str | None = None) -> Re
     return _model.runtime_of(model).resize(budget)
 
 
-def stats(model: nn.Module) -> Stats:
-    """What the model's cache has done since it was loaded or patched; a snapshot, cheap.
+def stats(model: nn.Module, trace: Trace | None = None) -> Stats:
+    """What the model's cache has done since it was loaded or patched, or since `reset_stats`; a snapshot, cheap.
+
+    Args:
+        trace: what `record` has noted of the same tokens. Then the snapshot also says how far decoding was from the
+            limit of this machine (`Stats.limit`), which takes seconds for long traces. It needs the model's
+            calibration (`moert doctor MODEL --calibrate`).
 
     Raises:
         MoertError: nothing in the model is offloaded.
+        ConfigError: with a trace: of other tokens, or the model is not calibrated here.
     """
-    return _model.runtime_of(model).stats()
+    found = _model.runtime_of(model).stats()
+    if trace is None:
+        return found
+    from moert.hf.limits import limit_of
+
+    return replace(found, limit=limit_of(model, found, trace))
 
 
 def reset_stats(model: nn.Module) -> None:
@@ -197,6 +210,6 @@ def _refuse_device_memory(config: OffloadConfig) -> None:
             "the experts on the CPU"
         )
     raise KernelUnavailableError(
-        f"device_memory={config.device_memory!r}: this version of moert has no device tier yet; leave it out to run "
-        "the experts on the CPU"
+        f"device_memory={config.device_memory!r}: this version of moert keeps no part of the experts on a GPU; leave "
+        "it out to run them on the CPU, or, if all fit there, put the model on the GPU and call moert.patch"
     )

@@ -26,6 +26,7 @@ LAYERS = (
     ("residency",),
     ("plan", "planning", "pressure", "simulate", "trace", "suit", "report"),
     ("runtime",),
+    ("calibration",),
     ("hf",),
     ("api",),
     ("",),

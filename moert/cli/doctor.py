@@ -15,7 +15,7 @@ from rich.text import Text
 from moert.cli import probes
 from moert.cli.opening import InputError, reading
 from moert.cli.options import MODEL_HELP, Json, LoadOptions, resolve_model, with_load_options
-from moert.cli.output import bar, facts, one_line, print_json, stdout
+from moert.cli.output import bar, facts, one_line, print_json, print_warning, stdout
 from moert.cli.paths import choose_paths
 from moert.config import format_bytes
 from moert.errors import ConfigError, MoertError
@@ -24,15 +24,24 @@ from moert.errors import ConfigError, MoertError
 @with_load_options(only=["host_memory", "direct_io", "cache_dir"])
 def doctor(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP, show_default=False)] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Load MODEL, measure what its parts take here, and keep that for forecasts."),
+    ] = False,
     json: Json = False,
     *,
     options: LoadOptions,
 ) -> int:
     """Say what this machine offers, which path each part of moert takes, and why.
 
-    With MODEL, also what the model holds and how much memory it needs; its weights are not loaded.
+    With MODEL, also what the model holds, how much memory it needs, and what has been measured of it; its weights are
+    loaded with --calibrate only.
     """
+    if calibrate and model is None:
+        raise ConfigError("--calibrate measures a model's parts: say which MODEL")
     name = resolve_model(model) if model is not None else None
+    if calibrate and name is not None:
+        _calibrate(name, options)
     with bar("looking around"):
         document = examine(name, options)
     if json:
@@ -40,6 +49,28 @@ def doctor(
     else:
         _print(document, stdout())
     return 0
+
+
+def _calibrate(name: str, options: LoadOptions) -> None:
+    """Measure, and keep what comes of it.
+
+    Raises:
+        ConfigError: the model is not on this machine.
+    """
+    from moert.calibration import save
+    from moert.hf.calibrating import calibrate
+    from moert.hf.inspection import local_folder
+    from moert.hf.text import hush
+
+    hush(bars=True)
+    folder = local_folder(name, options.revision)
+    if folder is None:
+        raise ConfigError(f"{name!r} is not on this machine yet; download it and ask again")
+    with bar("calibrating") as progress, reading(name):
+        found = calibrate(folder, options.offload, progress.update, dtype=options.dtype)
+    save(found)
+    if found.unsteady:
+        print_warning("the machine was busy while it was measured: intervals are wide, and forecasts as vague")
 
 
 def examine(name: str | None, options: LoadOptions) -> dict[str, Any]:
@@ -98,6 +129,7 @@ def _examine_model(name: str, options: LoadOptions, available_bytes: int | None)
     room = None if available_bytes is None else max(0, available_bytes - inspection.dense_bytes)
     return {
         **found,
+        "calibration": _known(folder, options.dtype),
         "supported": True,
         "reason": None,
         "architecture": inspection.architecture,
@@ -119,6 +151,17 @@ def _examine_model(name: str, options: LoadOptions, available_bytes: int | None)
     }
 
 
+def _known(folder: Path, dtype: str) -> dict[str, Any] | None:
+    """What has been measured of the model; None where it cannot be."""
+    from moert.cli.calibration import look_up, rows, summary
+
+    try:
+        known = look_up(folder, dtype)
+    except MoertError:
+        return None
+    return {**summary(known), "rows": rows(known)}
+
+
 def _print(document: dict[str, Any], console: Console) -> None:
     processor, memory, devices = document["cpu"], document["memory"], document["devices"]
     console.print()
@@ -127,6 +170,8 @@ def _print(document: dict[str, Any], console: Console) -> None:
         _section(console, "Checkpoint disk" if role == "checkpoint" else "Disk of the cache folder", _disk_rows(disk))
     if document["model"] is not None:
         _section(console, "Model", _model_rows(document["model"]))
+        if document["model"].get("calibration"):
+            _section(console, "Its parts on this machine", document["model"]["calibration"]["rows"])
     console.print("[bold]What runs how[/]")
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bright_black", no_wrap=True)

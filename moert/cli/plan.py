@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,19 +15,18 @@ from rich.text import Text
 from moert.cli.opening import reading
 from moert.cli.options import Json, Model, resolve_model
 from moert.cli.output import bar, facts, percent, print_json, rate, stdout
+from moert.cli.routing import read_routing
 from moert.config import Budget, format_bytes, parse_budget
 from moert.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
-    from moert.planning.forecast import HitCurve, Speed
+    from moert.planning.forecast import HitCurve, Prompts, Speed
     from moert.planning.machine import Machine
     from moert.planning.memory import Layout
     from moert.planning.model import ModelNeeds
 
 CONTEXT = 4096
 _GIB = 1 << 30
-_POINTS = 16
-"""Of the curve that a trace gives."""
 _PARTS = {
     "cpu": "the CPU, reading weights",
     "device": "the device",
@@ -74,18 +72,32 @@ def plan(
     Reads the model's configuration and file headers, no weights.
     """
     with bar("reading headers"):
-        needs = _needs(resolve_model(model))
+        folder = _folder(resolve_model(model))
+        needs = _needs(folder)
     with bar("looking at the machine"):
-        where = _machine(machine)
+        where = _machine(machine, folder)
     with bar("planning"):
-        hits, expected = _hits(trace, needs)
+        routing = read_routing(trace, needs)
         budgets = {
             "host_memory": None if host_memory is None else parse_budget(host_memory, "host_memory"),
             "device_memory": None if device_memory is None else parse_budget(device_memory, "device_memory"),
         }
         length = min(CONTEXT, needs.longest_context or CONTEXT) if context is None else context
-        document = make_plan(needs, where, context=length, batch=batch, hits=hits, **budgets)
-    document = {"model": model, "expected_routing": expected, **document}
+        document = make_plan(
+            needs,
+            where,
+            context=length,
+            batch=batch,
+            hits=routing.hits,
+            prompts=routing.prompts,
+            host_memory=budgets["host_memory"],
+            device_memory=budgets["device_memory"],
+        )
+    document = {"model": model, "expected_routing": routing.source, **document}
+    if machine == "this":
+        from moert.cli.calibration import note_of
+
+        document["machine_note"] = note_of(where)
     document["command"] = _command(model, document)
     if json:
         print_json(document)
@@ -94,53 +106,33 @@ def plan(
     return 0
 
 
-def _needs(name: str) -> ModelNeeds:
+def _folder(name: str) -> Path:
     from moert.hf.inspection import local_folder
-    from moert.hf.model_needs import read_needs
     from moert.hf.text import hush
 
     hush(bars=True)
     folder = local_folder(name)
     if folder is None:
         raise ConfigError(f"{name!r} is not on this machine yet; download it and ask again")
-    with reading(name):
+    return folder
+
+
+def _needs(folder: Path) -> ModelNeeds:
+    from moert.hf.model_needs import read_needs
+
+    with reading(str(folder)):
         return read_needs(folder)
 
 
-def _machine(name: str) -> Machine:
+def _machine(name: str, folder: Path) -> Machine:
     from moert.planning.machine import load_machine
 
     if name != "this":
         return load_machine(name)
+    from moert.cli.calibration import calibrated
     from moert.cli.this_machine import this_machine
 
-    return this_machine()
-
-
-def _hits(trace: Path | None, needs: ModelNeeds) -> tuple[HitCurve, str]:
-    """The hit rate by share of the experts, and in words where it is from."""
-    from moert.planning.forecast import typical_hits
-
-    if trace is None:
-        return typical_hits, "the median of 15 traces of trained models; models differ by 15 points each way"
-    from contextlib import ExitStack
-
-    from moert.cli.traces import open_trace
-    from moert.simulate import simulate
-
-    experts = max(need.num_experts for need in needs.layers)
-    slots = sorted({round(experts * part / _POINTS) for part in range(1, _POINTS + 1)} - {0})
-    with ExitStack() as stack:
-        opened = open_trace(stack, trace, experts)
-        points = [(0.0, 0.0), *((n / experts, simulate(opened, "ema", n).hit_rate) for n in slots)]
-
-    def hits(share: float) -> float:
-        (x0, y0), (x1, y1) = next(
-            (pair for pair in pairwise(points) if pair[1][0] >= share - 1e-9), (points[-2], points[-1])
-        )
-        return y0 + (y1 - y0) * (min(share, x1) - x0) / (x1 - x0)
-
-    return hits, str(trace)
+    return calibrated(this_machine(), folder)
 
 
 def make_plan(
@@ -152,8 +144,13 @@ def make_plan(
     hits: HitCurve,
     host_memory: Budget | None = None,
     device_memory: Budget | None = None,
+    prompt: int | None = None,
+    prompts: Prompts | None = None,
 ) -> dict[str, Any]:
     """The plan as `--json` prints it.
+
+    Args:
+        prompt: tokens that prefill reads; None: 512, or the context if that is shorter.
 
     Raises:
         CapacityError, ConfigError: as `moert.planning.memory.lay_out`.
@@ -165,8 +162,8 @@ def make_plan(
     layout = lay_out(needs, machine, **how, host_memory=host_memory, device_memory=device_memory)
     decode = decode_speed(needs, machine, layout.placement, **how, hits=hits)
     worst = decode_speed(needs, machine, layout.placement, **how, hits=uniform_hits)
-    prompt = min(context, 512)
-    prefill = prefill_speed(needs, machine, layout.placement, prompt=prompt, batch=batch, hits=hits)
+    prompt = min(context, 512) if prompt is None else prompt
+    prefill = prefill_speed(needs, machine, layout.placement, prompt=prompt, batch=batch, hits=hits, prompts=prompts)
     document: dict[str, Any] = {
         "architecture": needs.name,
         "machine": machine.name,
@@ -286,6 +283,7 @@ def _print(document: dict[str, Any], console: Console) -> None:
     )
     console.print()
     notes = [f"Speeds are forecasts; of the routing it expects {document['expected_routing']}."]
+    notes += [document["machine_note"]] if "machine_note" in document else []
     if not document["cache_known"]:
         notes.append(f"The KV cache is unknown and counted as nothing: {document['cache_problem']}.")
     for note in notes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -13,8 +15,10 @@ from moert.cli.opening import Opened, open_tokenizer, opened
 from moert.cli.options import Json, LoadOptions, Model, resolve_model, with_load_options
 from moert.cli.output import facts, percent, print_json, rate, seconds, stats_table, stderr
 from moert.config import format_bytes
-from moert.errors import ConfigError
+from moert.errors import ConfigError, MoertError
 from moert.tiers.memory import peak_rss_bytes
+
+_WITH_STATS = ("layers", "limit", "limit_problem")
 
 
 @with_load_options()
@@ -59,23 +63,46 @@ def run(
 
     inputs = encode(tokenizer, text, chat=chat)
     with opened(name, options) as loaded:
-        made = generate(
-            loaded.model,
-            tokenizer,
-            inputs,
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(**sampling) if sampling else None,
-            on_text=None if json else _print_piece,
-        )
-        document = _document(model, made, loaded, options, sampling)
+        with _recorded(loaded.model, stats) as (trace, problem):
+            made = generate(
+                loaded.model,
+                tokenizer,
+                inputs,
+                max_new_tokens=max_new_tokens,
+                sampling=Sampling(**sampling) if sampling else None,
+                on_text=None if json else _print_piece,
+            )
+        document = {**_document(model, made, loaded, options, sampling, trace), "limit_problem": problem}
     if json:
-        print_json(document if stats else {key: value for key, value in document.items() if key != "layers"})
+        print_json(document if stats else {key: value for key, value in document.items() if key not in _WITH_STATS})
         return 0
     if not made.text.endswith("\n"):
         print(flush=True)
     if stats:
         _print_stats(document, stderr())
     return 0
+
+
+@contextmanager
+def _recorded(model: Any, asked: bool) -> Iterator[tuple[Any, str | None]]:
+    """(the routing of what runs within, if the limit of this machine is known and was asked for; else why it is not)"""
+    if not asked:
+        yield None, None
+        return
+    import moert
+    from moert.hf.limits import calibration_of
+
+    problem = None
+    try:
+        if calibration_of(model) is None:
+            problem = "not measured here yet: moert doctor MODEL --calibrate"
+    except MoertError as error:
+        problem = str(error)
+    if problem is not None:
+        yield None, problem
+        return
+    with moert.record(model, weights=False) as trace:
+        yield trace, None
 
 
 def _sampling_options(temperature: float | None, top_p: float | None, seed: int | None) -> dict[str, Any] | None:
@@ -93,11 +120,12 @@ def _print_piece(text: str) -> None:
 
 
 def _document(
-    model: str, made: Any, loaded: Opened, options: LoadOptions, sampling: dict[str, Any] | None
+    model: str, made: Any, loaded: Opened, options: LoadOptions, sampling: dict[str, Any] | None, trace: Any
 ) -> dict[str, Any]:
     import moert
 
-    stats = moert.stats(loaded.model).as_dict()
+    decoded = moert.stats(loaded.model).decoding.tokens > 0
+    stats = moert.stats(loaded.model, trace if decoded else None).as_dict()
     return {
         "model": model,
         "policy": options.offload.policy,
@@ -115,6 +143,22 @@ def _document(
     }
 
 
+def _limit_text(document: dict[str, Any]) -> str:
+    limit = document["limit"]
+    if limit is None:
+        return f"unknown: {document['limit_problem'] or 'too few tokens'}"
+    lost = {
+        "policy": limit["lost_to_policy_s"],
+        "waiting": limit["lost_to_waiting_s"],
+        "overhead": limit["lost_to_overhead_s"],
+    }
+    parts = ", ".join(f"{seconds(value)} to {name}" for name, value in lost.items())
+    return (
+        f"{percent(limit['share'])} of the {rate(limit['bound_tokens_per_s'])} that nothing can pass on this machine; "
+        f"a token loses {parts}"
+    )
+
+
 def _print_stats(document: dict[str, Any], console: Console) -> None:
     console.print()
     console.print(stats_table(document))
@@ -127,6 +171,7 @@ def _print_stats(document: dict[str, Any], console: Console) -> None:
                     "speed",
                     f"{rate(document['tokens_per_s'])}, the first after {seconds(document['time_to_first_token_s'])}",
                 ),
+                ("limit", _limit_text(document)),
                 ("loading", seconds(document["load_s"])),
                 (
                     "experts",

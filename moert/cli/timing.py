@@ -47,6 +47,10 @@ def read_timing(
     nbytes = 0 if dense_bytes is None else parse_budget(dense_bytes, "--dense-bytes").nbytes
     if nbytes is None:
         raise ConfigError(f"--dense-bytes={dense_bytes!r} must be a number of bytes, such as 2GiB")
+    if machine == "this":
+        from moert.cli.this_machine import this_machine
+
+        return Timing(this_machine(), scheduler, promote, nbytes, tokens)
     return Timing(load_machine(machine), scheduler, promote, nbytes, tokens)
 
 
@@ -68,7 +72,13 @@ def add_times(replayed: Replayed, timing: Timing, asked: Asked, progress: Callab
             f"{replayed.name} does not say how large an expert is, and so not how long it takes; give --expert-bytes"
         )
     machine = timing.machine
+    if machine.name == "this":
+        from moert.cli.calibration import calibrated_for
+
+        machine = calibrated_for(machine, int(sizes[0]))
     costs = {size: machine.costs(size) for size in set(sizes.tolist())}
+    layers = len(header.layers)
+    layer_s = sum(machine.forward_s(timing.dense_bytes, layers)) / layers
     trace = Trace(header, first_tokens(replayed.trace, timing.tokens))
     rows = [row for row in replayed.rows if not row["aside"]]
     for done, row in enumerate(rows):
@@ -78,7 +88,7 @@ def add_times(replayed: Replayed, timing: Timing, asked: Asked, progress: Callab
             row["policy"],
             row["capacity"],
             [costs[size] for size in sizes.tolist()],
-            layer_s=machine.layer_s(timing.dense_bytes / len(header.layers)),
+            layer_s=layer_s,
             scheduler=timing.scheduler,
             promotion=_promotion() if timing.promotes and machine.has_device else None,
             count="decode" if asked.count == "decode" else "all",

@@ -35,6 +35,18 @@ def uniform_hits(share: float) -> float:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """What prompts of a trace have in common."""
+
+    tokens: int
+    """Of one."""
+    used: float
+    """The share of a layer's experts that one uses."""
+    hits: HitCurve
+    """What it finds of them."""
+
+
+@dataclass(frozen=True)
 class Speed:
     """A forecast for one kind of step."""
 
@@ -74,10 +86,20 @@ def decode_speed(
 
 
 def prefill_speed(
-    needs: ModelNeeds, machine: Machine, placement: Placement, *, prompt: int, batch: int, hits: HitCurve
+    needs: ModelNeeds,
+    machine: Machine,
+    placement: Placement,
+    *,
+    prompt: int,
+    batch: int,
+    hits: HitCurve,
+    prompts: Prompts | None = None,
 ) -> Speed:
-    """A step that reads `batch` prompts of that length at once."""
-    return _speed(needs, machine, placement, tokens=prompt * batch, cached=(prompt, batch), hits=hits)
+    """A step that reads `batch` prompts of that length at once; `prompts` count if they are of about that length."""
+    tokens = prompt * batch
+    if prompts is not None and not prompts.tokens / 2 <= tokens <= 2 * prompts.tokens:
+        prompts = None
+    return _speed(needs, machine, placement, tokens=tokens, cached=(prompt, batch), hits=hits, prompts=prompts)
 
 
 def _speed(
@@ -88,12 +110,13 @@ def _speed(
     tokens: int,
     cached: tuple[int, int],
     hits: HitCurve,
+    prompts: Prompts | None = None,
 ) -> Speed:
     n_layers = len(needs.cache or needs.layers)
-    dense_s = machine.layer_s(needs.dense_read_bytes, tokens, needs.weight_bits) - machine.layer_start_s
+    overhead_s, dense_s = machine.forward_s(needs.dense_read_bytes, n_layers, tokens, needs.weight_bits)
     cache_s = machine.layer_s(needs.cache_bytes(*cached)) - machine.layer_start_s
     part = "device" if machine.has_device else "cpu"
-    busy = {"overhead": n_layers * machine.layer_start_s, part: dense_s + cache_s}
+    busy = {"overhead": overhead_s, part: dense_s + cache_s}
     seconds = sum(busy.values())
     used = hit = 0.0
     known: dict[tuple[object, ...], tuple[float, dict[str, float], float, float]] = {}
@@ -102,7 +125,7 @@ def _speed(
         device = None if placement.device is None else placement.device[place]
         key = (need.num_experts, need.slot_bytes, need.top_k, host, device)
         if key not in known:
-            known[key] = _layer(need, machine, host, device, tokens, hits, needs.weight_bits)
+            known[key] = _layer(need, machine, host, device, tokens, hits, needs.weight_bits, prompts)
         layer_s, layer_busy, n_used, n_hit = known[key]
         seconds += layer_s
         used += n_used
@@ -120,22 +143,28 @@ def _layer(
     tokens: int,
     hits: HitCurve,
     weight_bits: float,
+    prompts: Prompts | None,
 ) -> tuple[float, dict[str, float], float, float]:
     """(seconds, each part's busy seconds, experts used, hits) of one layer's event, on average over its misses."""
     costs = machine.costs(need.slot_bytes, weight_bits)
     experts = need.num_experts
     used = max(1, min(experts, round(experts * (1 - (1 - need.top_k / experts) ** tokens))))
+    if prompts is not None:
+        used = max(need.top_k, round(experts * prompts.used))
     each = max(1, round(tokens * need.top_k / used))
     held = host if device is None else device
     # Where a step uses nearly all experts, those that are held are hit, and no more.
     rate = min(1.0, hits(held / experts)) if used <= held else held / experts
+    if prompts is not None:
+        rate = min(1.0, held / used, prompts.hits(held / experts))
     from_disk = 0.0
     if device is not None and host < experts:
         from_disk = min(1.0, (1 - min(1.0, hits(host / experts))) / max(1e-9, 1 - rate)) if rate < 1 else 0.0
     seconds = 0.0
     busy: dict[str, float] = {}
     for misses, weight in _binomial(used, 1 - rate):
-        layer_s, layer_busy = _event(costs, used - misses, misses, each, has_device=device is not None)
+        hit = used - misses
+        layer_s, layer_busy = _event(costs, hit, misses, each, held - hit, has_device=device is not None)
         disk_s = costs.read_s * misses * from_disk
         seconds += weight * (layer_s + disk_s)
         layer_busy["disk"] = layer_busy.get("disk", 0.0) + disk_s
@@ -151,11 +180,13 @@ def _binomial(n: int, p: float) -> Sequence[tuple[int, float]]:
     return [(i, math.comb(n, i) * p**i * (1 - p) ** (n - i)) for i in range(n + 1)]
 
 
-def _event(costs: Costs, hits: int, misses: int, tokens: int, *, has_device: bool) -> tuple[float, dict[str, float]]:
+def _event(
+    costs: Costs, hits: int, misses: int, tokens: int, room: int, *, has_device: bool
+) -> tuple[float, dict[str, float]]:
     here, away = (Place.DEVICE, Place.HOST) if has_device else (Place.HOST, Place.DISK)
     items = [Item(ExpertId(0, i), tokens, here if i < hits else away) for i in range(hits + misses)]
     schedule = make_scheduler("exact").plan(items, costs)
-    timing = makespan(schedule, costs)
+    timing = makespan(schedule, costs, None if has_device else room)
     busy = {
         "cpu": sum(costs.cpu_s(item.tokens) for item in schedule.cpu),
         "link": costs.move_s * len(schedule.fetch),

@@ -47,7 +47,7 @@ class Machine:
     """Where each number is from."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(Machine):
             value = getattr(self, field.name)
             if field.name in ("name", "notes"):
                 continue
@@ -89,6 +89,13 @@ class Machine:
             (self.device_bytes_per_s, self.device_flops) if self.has_device else (self.host_bytes_per_s, self.cpu_flops)
         )
         return self.layer_start_s + max(dense_bytes / rate, tokens * 2 * dense_bytes * 8 / weight_bits / flops)
+
+    def forward_s(
+        self, dense_bytes: float, layers: int, tokens: int = 1, weight_bits: float = 16
+    ) -> tuple[float, float]:
+        """What a forward of so many layers takes besides experts: (overhead of its layers, work on other weights)."""
+        work_s = self.layer_s(dense_bytes, tokens, weight_bits) - self.layer_start_s
+        return layers * self.layer_start_s, work_s
 
 
 def machine_names() -> list[str]:

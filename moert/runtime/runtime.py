@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Concatenate, ParamSpec, TypeVar
@@ -20,9 +20,11 @@ from moert.policies import make_policy
 from moert.pressure import describe
 from moert.residency import Residency
 from moert.runtime.compute import Compute, Scratch
+from moert.runtime.device_layer import DeviceLayer, Forward
 from moert.runtime.host_tier import HostTier, Resized
 from moert.runtime.layer import LayerCache, LayerSpec, ParameterLayer, SlotLayer, Weights
 from moert.runtime.look_ahead import LookAhead
+from moert.runtime.pace import Pace, Sums
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.preload import Progress, preload
 from moert.runtime.records import RecordSource
@@ -86,6 +88,7 @@ class OffloadRuntime:
         self._tier = tier
         self._watch = MemoryWatch() if tier is not None and config.shrink_on_pressure else None
         self._shrinks = 0
+        self._pace = Pace(self._sums)
         self._reader = reader
         self._source = source
         self._staging = staging
@@ -101,13 +104,29 @@ class OffloadRuntime:
 
     @classmethod
     def in_parameters(
-        cls, specs: Sequence[LayerSpec], weights: Sequence[Sequence[Weights]], config: OffloadConfig
+        cls,
+        specs: Sequence[LayerSpec],
+        weights: Sequence[Sequence[Weights]],
+        config: OffloadConfig,
+        on_device: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
     ) -> OffloadRuntime:
-        """All experts stay where they are; `weights[layer][expert]` are views the caller owns."""
-        layers = [
-            ParameterLayer(spec, Residency(spec.num_experts, make_policy(config.policy, spec.num_experts)), views)
-            for spec, views in zip(specs, weights, strict=True)
-        ]
+        """All experts stay where they are; `weights[layer][expert]` are views the caller owns.
+
+        `on_device` has, for each layer on a GPU, its tensors over all experts; see `DeviceLayer`.
+        """
+        layers: list[LayerCache] = []
+        for spec, views in zip(specs, weights, strict=True):
+            policy = make_policy(config.policy, spec.num_experts)
+            stacked = (on_device or {}).get(spec.index)
+            if stacked is None:
+                layers.append(ParameterLayer(spec, Residency(spec.num_experts, policy), views))
+            else:
+                # Nothing leaves, and nothing is to be brought from the GPU for a policy that would want to know it.
+                layers.append(
+                    DeviceLayer(
+                        spec, Residency(spec.num_experts, make_policy("fifo", spec.num_experts)), views, stacked
+                    )
+                )
         return cls(layers, config)
 
     @classmethod
@@ -201,6 +220,8 @@ class OffloadRuntime:
         """
         if self._watch is not None:
             self._relieve()
+        if layer == 0:
+            self._pace.begin(len(hidden))
         return run_step(
             self.layers[layer],
             compute,
@@ -213,6 +234,24 @@ class OffloadRuntime:
             scores=scores,
             check=self.config.debug,
         )
+
+    @_whole
+    def run_on_device(
+        self,
+        layer: int,
+        own_forward: Forward,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """One step of a layer on a GPU; see `DeviceLayer.run`. Does not wait for the GPU.
+
+        Raises:
+            MoertError: the runtime has been closed.
+        """
+        cache = self.layers[layer]
+        assert isinstance(cache, DeviceLayer)
+        return cache.run(own_forward, hidden, top_k_index, top_k_weights)
 
     @_whole
     def enter(self, layer: int, residual: torch.Tensor) -> None:
@@ -295,15 +334,28 @@ class OffloadRuntime:
             expert_bytes=sum(layer.spec.num_experts * layer.spec.expert_bytes for layer in self.layers),
             slot_bytes=self._slot_bytes(),
             shrinks=self._shrinks,
+            device_steps=sum(layer.device_steps for layer in layers),
+            decoding=self._pace.decoding(),
             layers=layers,
+        )
+
+    def _sums(self) -> Sums:
+        stats = [layer.stats for layer in self.layers]
+        return (
+            sum(one.hits for one in stats),
+            sum(one.misses for one in stats),
+            sum(one.stall_s for one in stats),
+            sum(one.compute_s for one in stats),
         )
 
     def reset_stats(self) -> None:
         """Start all counts at zero; what is resident stays resident."""
         for layer in self.layers:
-            layer.stats = LayerStats(layer.stats.name, resident_bytes=layer.stats.resident_bytes)
+            kept = layer.stats
+            layer.stats = LayerStats(kept.name, resident_bytes=kept.resident_bytes, fallback=kept.fallback)
         self._read_s_at_reset = self._read_s()
         self._shrinks = 0
+        self._pace.reset()
 
     @_whole
     def resize(self, budget: Budget | None) -> Resized:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from moert.planning.limit import Limit
+from moert.runtime.pace import Decoding
+
 
 @dataclass
 class LayerStats:
@@ -30,6 +33,11 @@ class LayerStats:
     """Time its steps spent in expert kernels."""
     resident_bytes: int = 0
     """Bytes of expert tensors resident now."""
+    device_steps: int = 0
+    """Steps that were started on a GPU, where every expert is resident. Neither hits nor times are counted for them,
+    because that would wait for the GPU; replays of a CUDA graph are not seen at all."""
+    fallback: str | None = None
+    """Why the model's own code computes this layer on a GPU, and not moert's kernels; None: it does not."""
 
     @property
     def hit_rate(self) -> float:
@@ -58,7 +66,13 @@ class Stats:
     """Bytes of host memory reserved for experts now."""
     shrinks: int
     """Times the slots became fewer because memory ran short."""
+    device_steps: int
+    """Steps that were started on a GPU; see `LayerStats`."""
+    decoding: Decoding
+    """Of single tokens, prompts apart."""
     layers: tuple[LayerStats, ...] = field(repr=False)
+    limit: Limit | None = None
+    """How far decoding was from what is possible, where `moert.stats` was given a trace of it."""
 
     @property
     def hit_rate(self) -> float:
@@ -67,5 +81,9 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain numbers, strings, lists and dictionaries, ready for JSON."""
-        own = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "layers"}
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        own |= {
+            "decoding": {**asdict(self.decoding), "tokens_per_s": self.decoding.tokens_per_s},
+            "limit": None if self.limit is None else self.limit.as_dict(),
+        }
         return {**own, "hit_rate": self.hit_rate, "layers": [layer.as_dict() for layer in self.layers]}

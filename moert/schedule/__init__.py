@@ -9,6 +9,7 @@ from __future__ import annotations
 from moert.plugins import available, load_plugin, read_choice
 from moert.schedule._costs import Costs, Curve
 from moert.schedule._flow import Timing, makespan
+from moert.schedule._guard import Guard
 from moert.schedule._promotion import Promotion, Swap
 from moert.schedule.base import Item, Place, Schedule, Scheduler
 
@@ -17,6 +18,7 @@ PACKAGE = "moert.schedule"
 __all__ = [
     "Costs",
     "Curve",
+    "Guard",
     "Item",
     "Place",
     "Promotion",

@@ -65,13 +65,27 @@ class Costs:
     """Before the first expert that the CPU computes for an event: handing it over."""
     merge_s: float = 0.0
     """After the last one: waiting for it, and adding up what both computed."""
+    read_start_s: float = 0.0
+    """Before the first byte of an event's reads is there. This and what follows is of machines without a device."""
+    read_few: int | None = None
+    """Events with more reads than so many, as a prompt's, take `read_many_s` for each instead of `read_s`. None: no
+    event does."""
+    read_many_s: float = 0.0
+    cpu_slowdown: float = 1.0
+    """How many times as long the CPU takes while the disk reads."""
+    read_slowdown: float = 1.0
+    """How many times as long a read takes while the CPU computes."""
     _cpu_times: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("move_s", "read_s", "cpu_start_s", "merge_s"):
+        for name in ("move_s", "read_s", "cpu_start_s", "merge_s", "read_start_s", "read_many_s"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name}={value} must be finite and not negative")
+        for name in ("cpu_slowdown", "read_slowdown"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 1):
+                raise ConfigError(f"{name}={value} must be finite and at least 1")
 
     def cpu_s(self, tokens: int) -> float:
         """One expert on the CPU for so many tokens."""

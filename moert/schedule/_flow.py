@@ -25,11 +25,18 @@ class Timing(NamedTuple):
         return max(self.device_s, self.cpu_s)
 
 
-def makespan(schedule: Schedule, costs: Costs) -> Timing:
+def makespan(schedule: Schedule, costs: Costs, room: int | None = None) -> Timing:
     """Follow a schedule step by step.
 
     Whatever is to be done to an expert waits for what comes before it, and for its turn: read from disk, moved, run.
+    Without a device, disk and CPU also slow each other down as far as the costs say.
+
+    Args:
+        room: slots that the event's reads can go to from the beginning, on a machine without a device; further reads
+            wait for experts of the event that have been computed. None: for all of them.
     """
+    if costs.device is None:
+        return _disk_and_cpu(schedule, costs, len(schedule.read) if room is None else room)
     read, disk_s = _one_after_the_other(schedule.read, {}, lambda _: costs.read_s)
     moved, link_s = _one_after_the_other(schedule.fetch, read, lambda _: costs.move_s)
     device_s = 0.0
@@ -41,6 +48,48 @@ def makespan(schedule: Schedule, costs: Costs) -> Timing:
         _, cpu_s = _one_after_the_other(schedule.cpu, read, lambda item: costs.cpu_s(item.tokens), costs.cpu_start_s)
         cpu_s += costs.merge_s
     return Timing(device_s, cpu_s, link_s, disk_s)
+
+
+def _disk_and_cpu(schedule: Schedule, costs: Costs, room: int) -> Timing:
+    """Both work at once, each at the pace that the other leaves it, until there is nothing left to do."""
+    arrived: set[ExpertId] = set()
+    from_disk = {item.expert for item in schedule.read}
+    is_many = costs.read_few is not None and len(from_disk) > costs.read_few
+    read_s = costs.read_many_s if is_many else costs.read_s
+    now = disk_s = 0.0
+    reads, runs = iter(schedule.read), iter(schedule.cpu)
+    read, run = next(reads, None), next(runs, None)
+    read_left = costs.read_start_s + read_s
+    wait_left = costs.cpu_start_s
+    run_left = costs.cpu_s(run.tokens) if run is not None else 0.0
+    while read is not None or run is not None:
+        can_run = run is not None and (run.expert not in from_disk or run.expert in arrived)
+        # There is always something to do: if nothing can run, what is needed next is read whatever the room.
+        can_read = read is not None and (room > 0 or not can_run)
+        is_busy = can_run and not wait_left
+        read_pace = costs.read_slowdown if is_busy else 1.0
+        run_pace = costs.cpu_slowdown if is_busy and can_read else 1.0
+        until = [read_left * read_pace] if can_read else []
+        until += [wait_left or run_left * run_pace] if wait_left or can_run else []
+        passed = min(until)
+        now += passed
+        # What is done first has nothing left, whatever rounding says.
+        if can_read and read is not None:
+            if read_left * read_pace <= passed:
+                arrived.add(read.expert)
+                room -= 1
+                read, read_left, disk_s = next(reads, None), read_s, now
+            else:
+                read_left -= passed / read_pace
+        if wait_left:
+            wait_left = max(0.0, wait_left - passed)
+        elif can_run and run_left * run_pace <= passed:
+            room += 1
+            run = next(runs, None)
+            run_left = costs.cpu_s(run.tokens) if run is not None else 0.0
+        elif can_run:
+            run_left -= passed / run_pace
+    return Timing(0.0, now + costs.merge_s if schedule.cpu else 0.0, 0.0, disk_s)
 
 
 def _one_after_the_other(

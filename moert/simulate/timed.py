@@ -276,7 +276,8 @@ class _Replay:
         items += [Item(e, tokens[e], away, -place) for place, e in enumerate(misses)]
         costs = self._costs[event.layer]
         schedule: Schedule = self._scheduler.plan(items, costs)
-        timing = makespan(schedule, costs)
+        room = None if self._has_device else self._capacity[event.layer] - n_hits
+        timing = makespan(schedule, costs, room)
         places = {expert: place for place, expert in enumerate(misses)}
         moved = schedule.fetch if self._has_device else schedule.read
         run = _Run(
