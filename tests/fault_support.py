@@ -13,6 +13,7 @@ from faulty_disk import FaultyDisk
 
 from moert.config import OffloadConfig
 from moert.formats import RecordLayout, TensorSpec
+from moert.runtime.building import runtime_in_parameters, runtime_in_slots
 from moert.runtime.layer import LayerSpec
 from moert.runtime.pack_file import PackedLayer, checksum, read_pack_file
 from moert.runtime.records import Piece, Record, Source, Span, make_record
@@ -140,11 +141,11 @@ class Experts:
             **options,
         }
         config = OffloadConfig(**settings)  # type: ignore[arg-type]  # what the tests pass is right
-        return OffloadRuntime.in_slots(self.specs, self.source(disk, direct=direct), config)
+        return runtime_in_slots(self.specs, self.source(disk, direct=direct), config)
 
     def undisturbed(self) -> OffloadRuntime:
         """A runtime without a disk."""
-        return OffloadRuntime.in_parameters(self.specs, self.weights, OffloadConfig())
+        return runtime_in_parameters(self.specs, self.weights, OffloadConfig())
 
 
 def _bytes(tensors: Tensors, dtype: torch.dtype) -> bytes:

@@ -19,6 +19,7 @@ from moert.hf.layers import Layers, make_layers
 from moert.hf.model import is_marked, mark, offloaded_modules, runtime_of, unmark
 from moert.hf.quantizer import forget_quantizer
 from moert.hf.router_weights import look_ahead, look_no_more
+from moert.runtime.building import runtime_in_parameters, runtime_in_slots, slots_planned
 from moert.runtime.device_layer import is_device
 from moert.runtime.preload import Progress
 from moert.runtime.runtime import OffloadRuntime
@@ -81,7 +82,7 @@ def patch(model: nn.Module, config: OffloadConfig, progress: Progress | None = N
     freed: list[_Freed] = []
     if _fits(layers, config):
         experts = [_experts(owner) for owner in owners]
-        runtime = OffloadRuntime.in_parameters(layers.specs, experts, config, on_device)
+        runtime = runtime_in_parameters(layers.specs, experts, config, on_device)
     elif on_device:
         raise ConfigError(
             f"host_memory={config.host_memory!r} is less than the experts' {format_bytes(_expert_bytes(layers))}, and "
@@ -162,10 +163,10 @@ def _move_to_slots(
     """Free the parameters and make the slots; after any failure the parameters are as they were."""
     try:
         # Checked first: nothing is freed for a budget that cannot work.
-        OffloadRuntime.plan(layers.specs, source, config, available_bytes() + _expert_bytes(layers))
+        slots_planned(layers.specs, source, config, available_bytes() + _expert_bytes(layers))
         for owner in owners:
             freed.extend(_Freed.free(owner, name) for name in owner.names)
-        return OffloadRuntime.in_slots(layers.specs, source, config, progress)
+        return runtime_in_slots(layers.specs, source, config, progress)
     except BaseException:
         if freed:
             for entry in freed:

@@ -29,6 +29,7 @@ from moert.hf.model import close, mark
 from moert.hf.packed import Pack, open_pack
 from moert.hf.router_weights import look_ahead
 from moert.hf.source import CheckpointSource, checkpoint_records, read_checkpoint
+from moert.runtime.building import runtime_in_slots
 from moert.runtime.pack_file import MANIFEST
 from moert.runtime.preload import Progress
 from moert.runtime.records import Record
@@ -133,7 +134,7 @@ class MoertQuantizer(HfQuantizer):
         def make_runtime() -> OffloadRuntime:
             source = CheckpointSource(paths, records, direct=config.direct_io)
             try:
-                return OffloadRuntime.in_slots(layers.specs, source, config, progress.get())
+                return runtime_in_slots(layers.specs, source, config, progress.get())
             except BaseException:
                 source.close()
                 raise

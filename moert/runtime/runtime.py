@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Concatenate, ParamSpec, TypeVar
@@ -15,18 +15,15 @@ import torch
 
 from moert.config import Budget, OffloadConfig
 from moert.errors import MoertError
-from moert.plan import LayerNeed, default_budget, plan_slots, shrink_slots
-from moert.policies import make_policy
+from moert.plan import default_budget, plan_slots, shrink_slots
 from moert.pressure import describe
-from moert.residency import Residency
 from moert.runtime.compute import Compute, Scratch
 from moert.runtime.device_layer import DeviceLayer, Forward
 from moert.runtime.host_tier import HostTier, Resized
-from moert.runtime.layer import LayerCache, LayerSpec, ParameterLayer, SlotLayer, Weights
+from moert.runtime.layer import LayerCache, SlotLayer
 from moert.runtime.look_ahead import LookAhead
 from moert.runtime.pace import Pace, Sums
 from moert.runtime.pipeline import Pipeline
-from moert.runtime.preload import Progress, preload
 from moert.runtime.records import RecordSource
 from moert.runtime.staging import StagingPool
 from moert.runtime.stats import LayerStats, Stats
@@ -34,7 +31,7 @@ from moert.runtime.step import run_step
 from moert.runtime.watch import MemoryWatch
 from moert.tiers.depth import START_DEPTH
 from moert.tiers.disk import DiskReader, Priority
-from moert.tiers.memory import available_bytes, memory_report
+from moert.tiers.memory import memory_report
 from moert.types import ExpertId
 
 MAX_BYTES_IN_FLIGHT = 1 << 30
@@ -70,7 +67,10 @@ def _whole(
 
 
 class OffloadRuntime:
-    """The experts of one model. Owns its memory, threads and files until `close`; one step runs at a time."""
+    """The experts of one model. Owns its memory, threads and files until `close`; one step runs at a time.
+
+    `moert.runtime.building` makes them.
+    """
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class OffloadRuntime:
     ) -> None:
         self.layers = tuple(layers)
         self.config = config
-        self.pipeline = Pipeline(self.layers, _reads_ahead(config), MAX_BYTES_IN_FLIGHT)
+        self.pipeline = Pipeline(self.layers, reads_ahead(config), MAX_BYTES_IN_FLIGHT)
         self._tier = tier
         self._watch = MemoryWatch() if tier is not None and config.shrink_on_pressure else None
         self._shrinks = 0
@@ -101,107 +101,6 @@ class OffloadRuntime:
         self._resizing = False
         self._read_s_before = 0.0
         self._read_s_at_reset = 0.0
-
-    @classmethod
-    def in_parameters(
-        cls,
-        specs: Sequence[LayerSpec],
-        weights: Sequence[Sequence[Weights]],
-        config: OffloadConfig,
-        on_device: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
-    ) -> OffloadRuntime:
-        """All experts stay where they are; `weights[layer][expert]` are views the caller owns.
-
-        `on_device` has, for each layer on a GPU, its tensors over all experts; see `DeviceLayer`.
-        """
-        layers: list[LayerCache] = []
-        for spec, views in zip(specs, weights, strict=True):
-            policy = make_policy(config.policy, spec.num_experts)
-            stacked = (on_device or {}).get(spec.index)
-            if stacked is None:
-                layers.append(ParameterLayer(spec, Residency(spec.num_experts, policy), views))
-            else:
-                # Nothing leaves, and nothing is to be brought from the GPU for a policy that would want to know it.
-                layers.append(
-                    DeviceLayer(
-                        spec, Residency(spec.num_experts, make_policy("fifo", spec.num_experts)), views, stacked
-                    )
-                )
-        return cls(layers, config)
-
-    @classmethod
-    def in_slots(
-        cls,
-        specs: Sequence[LayerSpec],
-        source: RecordSource,
-        config: OffloadConfig,
-        progress: Progress | None = None,
-    ) -> OffloadRuntime:
-        """Experts come from `source`, which the runtime owns (and closes) once this has returned.
-
-        Allocates the host tier, and blocks while experts are preloaded if `config.preload` asks for it.
-
-        Raises:
-            CapacityError: the budget is too small for one token, or the memory cannot be had.
-            CorruptFileError, TransferError: a preloaded expert could not be read.
-        """
-        opened: list[Callable[[], None]] = []
-        try:
-            needs = cls._needs(specs, source)
-            slots = plan_slots(needs, config.host_budget or default_budget(needs, available_bytes()))
-            records = [source.record(spec.index, expert) for spec in specs for expert in range(spec.num_experts)]
-            staged = [record.buffer_bytes for record in records if not record.is_direct]
-            tier = HostTier(needs, slots, *((_reads_ahead(config), max(staged)) if staged else (0, 0)))
-            opened.append(tier.close)
-            reader = DiskReader(depth=config.io_depth)
-            opened.append(reader.close)
-            staging = StagingPool(tier.staging) if tier.staging is not None else None
-            layers = [
-                SlotLayer(
-                    spec,
-                    Residency(n, make_policy(config.policy, n)),
-                    bank,
-                    source,
-                    reader,
-                    staging,
-                    poison=config.debug,
-                )
-                for spec, bank, n in zip(specs, tier.banks, slots, strict=True)
-            ]
-            fits = all(n == spec.num_experts for n, spec in zip(slots, specs, strict=True))
-            runtime = cls(layers, config, tier=tier, reader=reader, source=source, staging=staging)
-            if config.preload if config.preload is not None else fits:
-                preload(layers, runtime.pipeline, progress)
-            return runtime
-        except BaseException:
-            for close in reversed(opened):
-                close()
-            raise
-
-    @staticmethod
-    def plan(
-        specs: Sequence[LayerSpec], source: RecordSource, config: OffloadConfig, available_bytes: int
-    ) -> list[int]:
-        """Slots of each layer in `in_slots`, with `available_bytes` of memory to be had; nothing is allocated.
-
-        Raises:
-            CapacityError: the budget is too small for one token.
-        """
-        needs = OffloadRuntime._needs(specs, source)
-        return plan_slots(needs, config.host_budget or default_budget(needs, available_bytes))
-
-    @staticmethod
-    def _needs(specs: Sequence[LayerSpec], source: RecordSource) -> list[LayerNeed]:
-        return [
-            LayerNeed(
-                name=spec.name,
-                num_experts=spec.num_experts,
-                slot_bytes=max(source.record(spec.index, expert).slot_bytes for expert in range(spec.num_experts)),
-                expert_bytes=spec.expert_bytes,
-                top_k=spec.top_k,
-            )
-            for spec in specs
-        ]
 
     @_whole
     def run(
@@ -471,6 +370,6 @@ class OffloadRuntime:
         self.close()
 
 
-def _reads_ahead(config: OffloadConfig) -> int:
+def reads_ahead(config: OffloadConfig) -> int:
     """How many records to submit at once, so that no lane of the reader is idle between two of them."""
     return 2 * (config.io_depth or START_DEPTH)

@@ -38,7 +38,8 @@ class Future:
             if held <= HELD_IDS:
                 self._held.append(part)
             else:
-                for kind, array in zip("iod", part, strict=True):
+                arrays: tuple[npt.NDArray[Any], ...] = part
+                for kind, array in zip("iod", arrays, strict=True):
                     np.save(self._path(kind, len(sizes)), array)
             sizes.append(len(chunk))
         firsts = np.cumsum([0, *sizes])
