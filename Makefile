@@ -69,7 +69,7 @@ demo: venv
 	$(BIN)/moert demo
 
 test: venv
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow

@@ -8,6 +8,9 @@ from cpu_measure import Job
 
 from moert import _C
 from moert.kernels import cpu
+from moert.kernels.cpu_ffn import ExpertFfn
+from moert.kernels.cpu_matrix import Matrix, matrix
+from moert.kernels.gate import Gate
 
 CHOSEN = _C.isa()
 """What runs unless another instruction set is asked for; MOERT_ISA has been obeyed."""
@@ -38,7 +41,7 @@ class Moert:
         self.copies = copies
         self._isa = isa
         self._shape = shape
-        self._ffn = cpu.ExpertFfn(cpu.Gate(), hidden=shape.hidden, width=shape.width, dtype=torch.bfloat16)
+        self._ffn = ExpertFfn(Gate(), hidden=shape.hidden, width=shape.width, dtype=torch.bfloat16)
         self._pages: Pages | None = None
         tensors = [{"up": layer.up, "down": layer.down} for layer in layers]
         if quantised is None:
@@ -49,7 +52,7 @@ class Moert:
         self._experts = []
         for held in tensors:
             of_expert = [{name: stack[number] for name, stack in held.items()} for number in range(shape.experts)]
-            matrices = [[cpu.matrix(kind, one, name) for name in ("up", "down")] for one in of_expert]
+            matrices = [[matrix(kind, one, name) for name in ("up", "down")] for one in of_expert]
             self._experts.append([self._ffn.expert(up, down) for up, down in matrices])
 
     def _place(self, quantised: tuple[list[Quantised], list[Quantised]], copies: int) -> list[dict[str, torch.Tensor]]:
@@ -66,7 +69,7 @@ class Moert:
     def decodes(self, tokens: int) -> bool:
         """Whether quantised weights are decoded to bf16, and activations taken in it, for that many tokens."""
         self.begin()
-        up: cpu.Matrix = self._experts[0][0].tensors[0]
+        up: Matrix = self._experts[0][0].tensors[0]
         return up.format != "plain" and up.kernel_name(tokens).startswith("amx")
 
     def prepare(self, step: Step, copy: int) -> Job:

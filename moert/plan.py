@@ -52,9 +52,11 @@ def plan_slots(needs: Sequence[LayerNeed], budget: Budget, option: str = "host_m
         return slots
     assert budget.nbytes is not None
     if budget.nbytes < least:
+        picks = sorted({need.top_k for need in needs})
+        experts = " to ".join(map(str, dict.fromkeys((picks[0], picks[-1]))))
         raise CapacityError(
             f"{option} is {format_bytes(budget.nbytes)} ({budget.nbytes} bytes), but {format_bytes(least)} "
-            f"({least} bytes) are needed for one token's {needs[0].top_k} experts in each of {len(needs)} layers; "
+            f"({least} bytes) are needed for one token's {experts} experts in each of {len(needs)} layers; "
             f"raise {option}"
         )
     slots = [need.top_k for need in needs]

@@ -13,6 +13,9 @@ from moert.planning.machine import load_machine
 from moert.schedule import Promotion
 from moert.simulate.timed import simulate_time
 
+# One process compiles the replays.
+pytestmark = pytest.mark.xdist_group("compiled")
+
 CARD = "12gb-pcie4"
 
 
@@ -74,10 +77,24 @@ def test_it_is_for_people(cli: Cli, folder: str) -> None:
 
 
 def test_routing_of_a_trace(cli: Cli, folder: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "t.safetensors")
+    path = write(tmp_path / "t.safetensors", trace(layers=2, experts=8))
     plan = plan_of(cli, folder, "--machine", "2-core-xeon-disk", "--host-memory", "25%", "--trace", path)
     assert plan["expected_routing"] == str(path)
     assert 0 < plan["decode"]["hit_rate"] < 1
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "message"),
+    [(24, 8, "24 layers of experts, and Olmoe has 2"), (2, 9, "9 experts in model.layers.0.mlp.experts, and Olmoe")],
+)
+def test_the_trace_of_another_model_is_refused(
+    cli: Cli, folder: str, tmp_path: Path, layers: int, experts: int, message: str
+) -> None:
+    path = write(tmp_path / "t.safetensors", trace(num_sequences=1, layers=layers, experts=experts))
+    error = cli("plan", folder, "--machine", CARD, "--trace", path).error
+    assert str(path) in error
+    assert message in error.replace("OlmoeForCausalLM", "Olmoe")
+    assert layers == 24 or "has 8 in model.layers.0.mlp" in error
 
 
 @pytest.mark.parametrize(
@@ -145,6 +162,24 @@ def test_bad_machines_are_one_line(cli: Cli, tmp_path: Path, arguments: list[str
     ran = cli("simulate", write(tmp_path / "t.safetensors"), "--policy", "lru", *arguments)
     assert ran.code == 2
     assert message in ran.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--tokens", "60"], "--tokens without --machine"),
+        (["--tokens", "500"], "--tokens without --machine"),
+        (["--scheduler", "exact"], "--scheduler without --machine"),
+        (["--dense-bytes", "1GiB"], "--dense-bytes without --machine"),
+        (["--no-promote"], "--no-promote without --machine"),
+        (["--promote"], "--promote without --machine"),
+        (["--scheduler", "dali", "--tokens", "60"], "--scheduler, --tokens without --machine"),
+    ],
+)
+def test_what_is_timed_needs_a_machine(cli: Cli, tmp_path: Path, arguments: list[str], named: str) -> None:
+    error = cli("simulate", write(tmp_path / "t.safetensors"), "--policy", "lru", *arguments).error
+    assert error.startswith(named)
+    assert "give --machine" in error
 
 
 def test_unknown_sizes_have_no_time(cli: Cli, tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ from moert.errors import ConfigError
 from moert.policies import policy_names
 from moert.simulate import simulate
 
+# One process compiles the replays.
+pytestmark = pytest.mark.xdist_group("compiled")
+
 PAGE = Path(__file__).parent.parent / "docs" / "simulate.md"
 
 KEYS = {
@@ -213,6 +216,9 @@ def test_the_documentation_names_options_that_there_are(cli: Cli) -> None:
         (["--budget", "0"], "--budget"),
         (["--budget", "-4GiB"], "--budget"),
         (["--budget", "1MiB"], "1.0 MiB"),
+        (["--budget", "1"], "a cache size of 1 B (1 bytes) for 3 layers"),
+        (["--budget", "1"], "less than one expert in each of them; give at least 3.0 MiB (3145728 bytes)"),
+        (["--budget", "1", "--scope", "global"], "give at least 1.0 MiB (1048576 bytes)"),
         (["--budget", "25%"], "number of bytes"),
         (["--scope", "all"], "--scope='all' must be one of layer, global"),
         (["--reset", "no"], "--reset='no' must be one of never, sequence"),

@@ -17,6 +17,9 @@ from moert.suit import Forecast, enough_for, sweet_spot
 from moert.suit.published import SRP_16, neighbours
 from moert.trace import Sequence, Trace
 
+# One process compiles the replays.
+pytestmark = pytest.mark.xdist_group("compiled")
+
 
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:

@@ -16,7 +16,7 @@ import moert
 from moert.cli.comparison import EXACT, FLOAT32, SIXTEEN_BIT, Reference, Trace, compare
 from moert.hf import reference as hf_reference
 from moert.hf.reference import Products, RoutingRecorder, round_as_moert
-from moert.kernels.cpu import ExpertFfn
+from moert.kernels.cpu_ffn import ExpertFfn
 from moert.runtime.compute import Fused
 from moert.runtime.routing import Group
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from moert import _C
 from moert.kernels import cpu, reference
+from moert.kernels.cpu_ffn import ExpertFfn
 from moert.kernels.gate import Gate
 
 DTYPES = tuple(cpu.NUMBERS)
@@ -79,7 +80,7 @@ def test_every_row_is_computed_whatever_the_tasks(rows: int, count: int, tokens:
     weight = torch.randint(-2, 3, (rows, 8), generator=generator).bfloat16()
     up = torch.randint(-1, 2, (rows, 8), generator=generator).bfloat16()
     down = torch.randint(-1, 2, (8, rows), generator=generator).bfloat16()
-    ffn = cpu.ExpertFfn(Gate("relu", gated=False), 8, rows, torch.bfloat16)
+    ffn = ExpertFfn(Gate("relu", gated=False), 8, rows, torch.bfloat16)
     out = torch.zeros(tokens, 8)
     before = cpu.threads()
     try:

@@ -10,6 +10,7 @@ import torch
 
 from moert import _C
 from moert.kernels import cpu, reference
+from moert.kernels.cpu_ffn import ExpertFfn, add_rows
 from moert.kernels.gate import Gate
 
 GATES = [
@@ -52,7 +53,7 @@ class Layer:
         integers: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(hidden + width)
-        self.ffn = cpu.ExpertFfn(gate, hidden, width, dtype)
+        self.ffn = ExpertFfn(gate, hidden, width, dtype)
         self.tensors, self.experts = [], []
         rows = width * (2 if gate.gated else 1)
 
@@ -220,7 +221,7 @@ def test_special_values_go_where_torch_has_them_go(isa: str, gate: Gate, bad: fl
 def test_the_exponential_of_the_gates_is_exact_to_the_last_bits(isa: str) -> None:
     """Through silu, whose relative error is that of its exponential where that is large; past 88 it is infinite."""
     x = torch.cat([torch.linspace(-100, 100, 20001), torch.logspace(-30, 2, 2000), -torch.logspace(-30, 2, 2000)])
-    ffn = cpu.ExpertFfn(Gate(gated=False), 1, 1, torch.float32)
+    ffn = ExpertFfn(Gate(gated=False), 1, 1, torch.float32)
     one = cpu.Matrix("plain", torch.ones(1, 1))
     out = torch.zeros(len(x), 1)
     ffn.run(x.unsqueeze(1).contiguous(), [ffn.expert(one, one)], [None], [None], out)
@@ -313,7 +314,7 @@ def test_bad_input_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match="up in bf16 with activations in fp32"):
         ffn.expert(cpu.Matrix("plain", torch.randn(8, 8).bfloat16()), cpu.Matrix("plain", torch.randn(8, 4)))
     with pytest.raises(ValueError, match=r"activations are .*, not torch.float64"):
-        cpu.ExpertFfn(Gate(), 8, 4, torch.float64)
+        ExpertFfn(Gate(), 8, 4, torch.float64)
     with pytest.raises(ValueError, match=r"are not of one expert"):
         _C.expert("fp32", plain.capsule, cpu.Matrix("plain", torch.randn(9, 8)).capsule, None, None)
     with pytest.raises(TypeError, match=r"a moert\.expert is wanted"):
@@ -332,20 +333,20 @@ def test_rows_are_added_with_two_roundings(rows: int, width: int, named: bool) -
     tokens = torch.randperm(rows + 9, generator=generator)[:rows] if named else None
     want = out.clone()
     want[torch.arange(rows) if tokens is None else tokens] += held * weights[:, None]
-    cpu.add_rows(held, tokens, weights, out)
+    add_rows(held, tokens, weights, out)
     assert torch.equal(out, want)
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
     held, weights, out = torch.ones(2, 4), torch.ones(2), torch.zeros(3, 4)
     with pytest.raises(ValueError, match="row 1 goes to row 3 of 3"):
-        cpu.add_rows(held, torch.tensor([0, 3]), weights, out)
+        add_rows(held, torch.tensor([0, 3]), weights, out)
     with pytest.raises(ValueError, match="row 0 goes to row -1 of 3"):
-        cpu.add_rows(held, torch.tensor([-1, 1]), weights, out)
+        add_rows(held, torch.tensor([-1, 1]), weights, out)
     with pytest.raises(ValueError, match="held must be contiguous"):
-        cpu.add_rows(held.bfloat16(), None, weights, out)
+        add_rows(held.bfloat16(), None, weights, out)
     with pytest.raises(ValueError, match="weights must be contiguous"):
-        cpu.add_rows(held, None, weights.double(), out)
+        add_rows(held, None, weights.double(), out)
     with pytest.raises(ValueError, match="3 tokens for 2 rows"):
-        cpu.add_rows(held, torch.tensor([0, 1, 2]), torch.ones(3), out)
+        add_rows(held, torch.tensor([0, 1, 2]), torch.ones(3), out)
     assert torch.equal(out, torch.zeros(3, 4))

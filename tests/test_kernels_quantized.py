@@ -29,6 +29,7 @@ from moert.formats.int4 import Int4
 from moert.formats.int8 import Int8
 from moert.formats.mxfp4 import Mxfp4
 from moert.kernels import cpu
+from moert.kernels.cpu_matrix import matrix
 
 ISAS = [name for name in cpu.isa_names(usable_only=False) if name not in ("amx", "avx512_bf16")]
 FEW = [1, 2, 3, 4]
@@ -137,7 +138,7 @@ def seen_x(kind: Kind, x: torch.Tensor) -> torch.Tensor:
 
 
 def product(kind: Kind, parts: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    return cpu.linear(x, cpu.matrix(kind.format, parts, "w"))
+    return cpu.linear(x, matrix(kind.format, parts, "w"))
 
 
 def assert_is_the_product(kind: Kind, parts: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> None:
@@ -156,7 +157,7 @@ def some_x(tokens: int, k: int, seed: int = 1) -> torch.Tensor:
 
 
 def test_kernels_are_the_ones_of_the_instruction_set(isa: str, kind: Kind) -> None:
-    weight = cpu.matrix(kind.format, random_weight(kind, 16, 128), "w")
+    weight = matrix(kind.format, random_weight(kind, 16, 128), "w")
     assert all(weight.kernel_name(tokens).startswith(isa) for tokens in FEW + MANY)
 
 

@@ -56,6 +56,14 @@ def test_too_small_a_budget_names_one_that_works() -> None:
     assert plan_slots(needs, Budget(share=0.13)) == [8] * 16
 
 
+def test_too_small_a_budget_names_the_picks_of_every_layer() -> None:
+    needs = [LayerNeed(f"layers.{i}", 8, 1 << 20, 1 << 20, top_k) for i, top_k in enumerate([4, 1, 2])]
+    with pytest.raises(
+        CapacityError, match=r"device_memory is 1 B .* 7.0 MiB .*token's 1 to 4 experts .*device_memory$"
+    ):
+        plan_slots(needs, Budget(nbytes=1), "device_memory")
+
+
 def test_default_leaves_head_room_and_takes_no_more_than_it_needs() -> None:
     needs = [LayerNeed("layers.0", 8, 1 << 20, 1 << 20, 2)]
     assert default_budget(needs, 100 << 30).nbytes == 8 << 20

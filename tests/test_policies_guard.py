@@ -22,6 +22,9 @@ from moert.simulate import simulate
 from moert.turnover import turn_over
 from moert.types import ExpertId
 
+# One process compiles the replays.
+pytestmark = pytest.mark.xdist_group("compiled")
+
 
 class Nobody(LRU):
     def victim(self, locked: Collection[ExpertId]) -> ExpertId:

@@ -19,6 +19,9 @@ from moert.report.page import html
 from moert.report.study import CurveLine, LayerUse, Study, TraceStudy
 from moert.trace import LayerInfo, Phase, Sequence, Trace, TraceHeader
 
+# One process compiles the replays.
+pytestmark = pytest.mark.xdist_group("compiled")
+
 EVIL = '<script>alert("1")</script>&amp;$title ${x}'
 
 

@@ -12,6 +12,9 @@ from moert.simulate import miss_curve, simulate
 from moert.simulate.capacity import Scope
 from moert.trace import Trace
 
+# One process compiles the replays.
+pytestmark = pytest.mark.xdist_group("compiled")
+
 IN_ONE_PASS = ["belady", "ema", "ema,alpha=0.5", "lfu", "lfu,decay=0.5", "lfru", "mrs", "static,warm_up_events=3"]
 
 

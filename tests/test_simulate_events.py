@@ -16,6 +16,9 @@ from moert.simulate import events as events_module
 from moert.simulate.events import Events, Reading, first_ids, read_events
 from moert.trace import Phase, Sequence, Trace
 
+# One process compiles the replays.
+pytestmark = pytest.mark.xdist_group("compiled")
+
 quick = settings(max_examples=60, deadline=None)
 
 

@@ -19,6 +19,9 @@ from moert.simulate.events import Reading, first_ids, read_events
 from moert.simulate.run import EventSource, Setup, fewest_misses, replay
 from moert.trace import Sequence, Trace
 
+# One process compiles the replays.
+pytestmark = pytest.mark.xdist_group("compiled")
+
 VARIANTS = [
     "ema,alpha=0.5",
     "lfu,in_cache=true",

@@ -24,6 +24,9 @@ from moert.trace import Sequence, Trace
 from moert.trace.importers.base import ImportOptions
 from moert.trace.importing import load_importer, recognise
 
+# One process compiles the replays.
+pytestmark = pytest.mark.xdist_group("compiled")
+
 
 def imported(path: Path, experts: int | None = None, limit: int | None = None) -> Trace:
     """The first sequences of another program's file."""

@@ -15,6 +15,9 @@ from moert.errors import CapacityError, ConfigError
 from moert.simulate import Result, simulate, sweep
 from moert.trace import Trace, TraceWriter
 
+# One process compiles the replays.
+pytestmark = pytest.mark.xdist_group("compiled")
+
 POLICIES = ["ema,alpha=0.1", "lru", "activation_matrix", "belady"]
 CAPACITIES: list[int | str] = ["50%", 2]
 

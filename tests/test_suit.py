@@ -16,6 +16,9 @@ from trace_support import real_trace
 from moert.suit.statistics import Consistency, ConsistencyMeter
 from moert.trace.sequence import NO_EXPERT, LayerInfo, Phase, Sequence, TraceHeader
 
+# One process compiles the replays.
+pytestmark = pytest.mark.xdist_group("compiled")
+
 Ids = npt.NDArray[np.int32]
 
 

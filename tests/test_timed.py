@@ -25,6 +25,9 @@ from moert.types import ExpertId
 sys.path.insert(0, str(ROOT / "bench"))
 import schedules
 
+# One process compiles the replays.
+pytestmark = pytest.mark.xdist_group("compiled")
+
 seconds = st.floats(0, 10).map(lambda x: round(x, 3))
 devices = st.builds(
     lambda cpu, device, move, start, merge: Costs(

@@ -19,6 +19,9 @@ from moert.trace.sequence import NO_EXPERT, Phase
 from moert.trace.trace import Trace
 from moert.types import ExpertId
 
+# One process compiles the replays.
+pytestmark = pytest.mark.xdist_group("compiled")
+
 Event = tuple[int, tuple[int, ...], tuple[int, ...]]
 """Layer, hits, misses."""
 
@@ -102,14 +105,21 @@ def as_event(split: Split) -> Event:
 def live_events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
     """What every step of the engine finds, in order."""
     events: list[Event] = []
-    begin = Residency.begin
+    begin, begin_hits = Residency.begin, Residency.begin_hits
 
     def noting(self: Residency, event: Sequence[ExpertId]) -> Split:
         split = begin(self, event)
         events.append(as_event(split))
         return split
 
+    def noting_hits(self: Residency, event: Sequence[ExpertId]) -> bool:
+        begun = begin_hits(self, event)
+        if begun:
+            events.append(as_event(Split(tuple(event), (), ())))
+        return begun
+
     monkeypatch.setattr(Residency, "begin", noting)
+    monkeypatch.setattr(Residency, "begin_hits", noting_hits)
     return events
 
 

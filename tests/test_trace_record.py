@@ -14,7 +14,7 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, StaticCache
 
 import moert
 from moert.errors import ConfigError, MoertError, UnsupportedModelError
-from moert.hf.recording import config_hash
+from moert.hf.recorded_model import config_hash
 from moert.trace.check import validate
 from moert.trace.file import TraceFile
 from moert.trace.recorder import Batch, Block, EndOfText, split_passes

@@ -1,7 +1,7 @@
 """What a machine takes for a model's parts, measured on it and kept for later.
 
 What is measured, and what follows from it, is plain numbers: `Calibration`, `Residual`, and files of them. Only
-`moert.calibration.measuring` runs anything.
+`moert.calibration.measuring`, with what it is made of, and `moert.calibration.looking` run anything.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def calibrated(machine: Machine, folder: Path) -> Machine:
     What cannot be used is said in one line. Takes a short look at the disk, whose speed now corrects that of then.
     """
     from moert.calibration import CalibratedMachine
-    from moert.calibration.measuring import read_factor
+    from moert.calibration.looking import read_factor
     from moert.hf.inspection import shard_files
 
     try:

@@ -9,9 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from moert.errors import ConfigError
+
 if TYPE_CHECKING:
     from moert.planning.forecast import HitCurve, Prompts
     from moert.planning.model import ModelNeeds
+    from moert.trace import TraceLike
 
 _POINTS = 16
 """Of the curves that a trace gives."""
@@ -29,7 +32,12 @@ class Routing(NamedTuple):
 
 
 def read_routing(trace: Path | None, needs: ModelNeeds) -> Routing:
-    """What `trace` says; None: what is usual."""
+    """What `trace` says; None: what is usual.
+
+    Raises:
+        ConfigError: it is of a model with other layers or experts than `needs`.
+        MoertError: what opening it raises.
+    """
     from moert.planning.forecast import typical_hits
 
     if trace is None:
@@ -42,9 +50,25 @@ def read_routing(trace: Path | None, needs: ModelNeeds) -> Routing:
     slots = sorted({round(experts * part / _POINTS) for part in range(1, _POINTS + 1)} - {0})
     with ExitStack() as stack:
         opened = open_trace(stack, trace, experts)
+        _check_shape(trace, opened, needs)
         decode = [(0.0, 0.0), *((n / experts, simulate(opened, "ema", n).hit_rate) for n in slots)]
         prompts = _prompts(opened, slots, experts)
     return Routing(_curve(decode), prompts, str(trace))
+
+
+def _check_shape(path: Path, trace: TraceLike, needs: ModelNeeds) -> None:
+    traced, layers = trace.header.layers, needs.layers
+    ours = f"trace {str(path)!r} is of another model: it has"
+    if len(traced) != len(layers):
+        raise ConfigError(
+            f"{ours} {len(traced)} layers of experts, and {needs.name} has {len(layers)}; give a trace of {needs.name}"
+        )
+    for theirs, need in zip(traced, layers, strict=True):
+        if theirs.num_experts != need.num_experts:
+            raise ConfigError(
+                f"{ours} {theirs.num_experts} experts in {theirs.name}, and {needs.name} has {need.num_experts} in "
+                f"{need.name}; give a trace of {needs.name}"
+            )
 
 
 def _prompts(opened: Any, slots: Sequence[int], experts: int) -> Prompts | None:

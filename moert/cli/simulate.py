@@ -87,12 +87,23 @@ def simulate(
         ),
     ] = None,
     scheduler: Annotated[
-        str, typer.Option(metavar="NAME", help="Where an event's experts run.", rich_help_panel=_TIMES)
-    ] = SCHEDULER,
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Where an event's experts run. Default: {SCHEDULER}.",
+            rich_help_panel=_TIMES,
+            show_default=False,
+        ),
+    ] = None,
     promote: Annotated[
-        bool,
-        typer.Option("--promote/--no-promote", help="Bring experts over the idle link.", rich_help_panel=_TIMES),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--promote/--no-promote",
+            help="Bring experts over the idle link. Default: --promote.",
+            rich_help_panel=_TIMES,
+            show_default=False,
+        ),
+    ] = None,
     dense_bytes: Annotated[
         str | None,
         typer.Option(
@@ -103,8 +114,15 @@ def simulate(
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Decoded tokens that are timed.", rich_help_panel=_TIMES)
-    ] = TOKENS,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help=f"Decoded tokens that are timed. Default: {TOKENS}.",
+            rich_help_panel=_TIMES,
+            show_default=False,
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="OUT.png", help="Draw the miss-ratio curves.", show_default=False)
     ] = None,

@@ -29,15 +29,31 @@ class Timing:
 
 
 def read_timing(
-    machine: str | None, *, scheduler: str, promote: bool, dense_bytes: str | None, tokens: int, asked: Asked
+    machine: str | None,
+    *,
+    scheduler: str | None,
+    promote: bool | None,
+    dense_bytes: str | None,
+    tokens: int | None,
+    asked: Asked,
 ) -> Timing | None:
-    """The options of the command line, checked; None: no machine is named.
+    """The options of the command line, checked, None being one that was not given; None: no machine is named.
 
     Raises:
-        ConfigError: one of them is no such thing, or does not go with a machine.
+        ConfigError: one of them is no such thing, does not go with a machine, or says nothing without one.
     """
     if machine is None:
+        options = {"--scheduler": scheduler, "--promote": promote, "--dense-bytes": dense_bytes, "--tokens": tokens}
+        given = ["--no-promote" if value is False else option for option, value in options.items() if value is not None]
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)} without --machine: there is nothing to time; give --machine this|NAME|FILE, "
+                f"or leave {'it' if len(given) == 1 else 'them'} out"
+            )
         return None
+    scheduler = SCHEDULER if scheduler is None else scheduler
+    promotes = promote is not False
+    tokens = TOKENS if tokens is None else tokens
     from moert.planning.machine import load_machine
     from moert.schedule import make_scheduler
 
@@ -50,8 +66,8 @@ def read_timing(
     if machine == "this":
         from moert.cli.this_machine import this_machine
 
-        return Timing(this_machine(), scheduler, promote, nbytes, tokens)
-    return Timing(load_machine(machine), scheduler, promote, nbytes, tokens)
+        return Timing(this_machine(), scheduler, promotes, nbytes, tokens)
+    return Timing(load_machine(machine), scheduler, promotes, nbytes, tokens)
 
 
 def add_times(replayed: Replayed, timing: Timing, asked: Asked, progress: Callable[[int, int], None]) -> None:

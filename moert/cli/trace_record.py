@@ -77,7 +77,8 @@ def record(
         ):
             began = perf_counter()
             pad = pad_token_id(loaded.model, tokenizer)
-            recording.end = replace(recording.end, pad_id=pad)
+            sequences = recording.sequences
+            sequences.end = replace(sequences.end, pad_id=pad)
             for first in range(0, len(entries), batch):
                 last = min(first + batch, len(entries))
                 recording.name([entry.name for entry in entries[first:last]])

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from moert.calibration.here import fingerprint
-from moert.calibration.measuring import Ids, Subject, measure
+from moert.calibration.measuring import measure
 from moert.calibration.result import Calibration, Fingerprint, Shape
+from moert.calibration.subject import Ids, Subject
 from moert.config import OffloadConfig
 from moert.errors import UnsupportedModelError
 from moert.hf.experts import OffloadedExperts

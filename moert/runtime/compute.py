@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from moert.kernels.cpu import add_rows
+from moert.kernels.cpu_ffn import add_rows
 from moert.runtime.fused import FusedExperts
 from moert.runtime.layer import LayerCache, Weights
 from moert.runtime.routing import Group

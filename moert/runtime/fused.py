@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from moert.formats import TensorSpec
-from moert.kernels.cpu import Expert, ExpertFfn, matrix
-from moert.kernels.cpu_matrix import NUMBERS
+from moert.kernels.cpu_ffn import Expert, ExpertFfn
+from moert.kernels.cpu_matrix import NUMBERS, matrix
 from moert.kernels.gate import Gate
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moert.formats import TensorSpec
-from moert.kernels.cpu import Expert
+from moert.kernels.cpu_ffn import Expert
 from moert.residency import Residency, Resize
 from moert.runtime.fused import FusedExperts
 from moert.runtime.records import Record, RecordSource

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from moert.formats import RecordLayout
-from moert.kernels.cpu import Expert
+from moert.kernels.cpu_ffn import Expert
 from moert.runtime.fused import FusedExperts
 
 

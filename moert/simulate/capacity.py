@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from moert.config import Budget, parse_budget
+from moert.config import Budget, format_bytes, parse_budget
 from moert.errors import CapacityError, ConfigError
 from moert.plan import LayerNeed, least_bytes, plan_slots
 from moert.trace.sequence import LayerInfo
@@ -101,7 +101,7 @@ def plan_caches(
                 f"capacity {capacity.text} is in bytes, and the trace does not say how large an expert is; "
                 "give the bytes of one (expert_bytes), or a share or number of experts"
             )
-        return _of_bytes(capacity, budget.nbytes, layers, scope, counts, sizes)
+        return _of_bytes(budget.nbytes, layers, scope, counts, sizes)
     if budget is not None:
         assert budget.share is not None
         wanted = (budget.share * available + 1e-9).astype(np.int64)
@@ -130,7 +130,6 @@ def _of_experts(
 
 
 def _of_bytes(
-    capacity: Capacity,
     nbytes: int,
     layers: Sequence[LayerInfo],
     scope: Scope,
@@ -142,15 +141,27 @@ def _of_bytes(
             LayerNeed(layer.name, layer.num_experts, int(size), int(size), layer.top_k)
             for layer, size in zip(layers, sizes, strict=True)
         ]
+        smallest = int(sizes.sum())
+        if nbytes < smallest:
+            raise CapacityError(
+                f"a cache size of {_size(nbytes)} for {len(layers)} layers is less than one expert in each of them; "
+                f"give at least {_size(smallest)}"
+            )
         if nbytes < least_bytes(needs):  # the engine would refuse, a replay counts what is forced to miss
             needs = [LayerNeed(need.name, need.num_experts, need.slot_bytes, need.expert_bytes, 1) for need in needs]
-        slots = plan_slots(needs, Budget(nbytes=nbytes), "capacity")
+        slots = plan_slots(needs, Budget(nbytes=nbytes))
         return _of_experts(np.array(slots, dtype=np.int64), scope, counts, sizes)
     nbytes = min(nbytes, int(counts @ sizes))
     if nbytes < sizes.max():
         raise CapacityError(
-            f"capacity {capacity.text} is {nbytes} bytes, less than one expert of {int(sizes.max())}; give more"
+            f"a cache size of {_size(nbytes)} for one cache is less than one expert of the largest layer; "
+            f"give at least {_size(int(sizes.max()))}"
         )
     if sizes.min() == sizes.max():
         return _of_experts(np.array([nbytes // sizes[0]]), scope, counts, sizes)
     return Caches(np.array([nbytes]), True, int(nbytes * counts.sum() // (counts @ sizes)), nbytes)
+
+
+def _size(nbytes: int) -> str:
+    """As it is read and as it is given."""
+    return f"{format_bytes(nbytes)} ({nbytes} bytes)"

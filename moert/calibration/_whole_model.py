@@ -1,0 +1,160 @@
+"""Prompts and tokens of the whole model."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from moert.calibration._solving import root, solve
+from moert.calibration._work import Work
+from moert.calibration.result import Calibration, Shape
+from moert.calibration.sampling import Measured, sampled
+from moert.calibration.subject import Ids, Subject
+from moert.schedule import Costs, Curve, Item, Place, make_scheduler, makespan
+from moert.types import ExpertId
+
+READ_TOKENS = 128
+"""Of a prompt that most of its experts have to be read for."""
+PROMPT_TOKENS = 64
+MORE_TOKENS = 16
+"""Of a text that is continued to see what a token takes."""
+
+
+class WholeModel:
+    """The whole model, with experts that are chosen so that as many are missing as wanted."""
+
+    def __init__(self, subject: Subject, shape: Shape, work: Work, call_s: float, expert: Curve, step: Curve) -> None:
+        self._subject, self._shape, self._work = subject, shape, work
+        self._call_s, self._expert, self._step = call_s, expert, step
+        self._draw = random.Random(2)
+        self._layers = {layer.spec.index: layer for layer in subject.layers}
+        self._resident = {index: work.residents(layer) for index, layer in self._layers.items()}
+        self._pools: dict[tuple[int, int], Iterator[torch.Tensor]] = {}
+        self._counts: dict[int, list[int]] = {}
+
+    def _found(self, layer: int, tokens: int, k: int) -> torch.Tensor:
+        """Ids of residents only; made beforehand, so that choosing them takes no time."""
+        key = (layer, tokens)
+        if key not in self._pools:
+            resident = self._resident[layer]
+            some = [self._draw.sample(resident, k) for _ in range(max(tokens, 4 * self._shape.num_experts))]
+            pool = torch.tensor(some)
+            starts = range(0, len(pool) - tokens + 1, tokens)
+            self._pools[key] = itertools.cycle([pool[at : at + tokens] for at in starts])
+        ids = next(self._pools[key])
+        if tokens > 1:
+            self._counts[layer] = torch.bincount(ids.flatten()).tolist()
+        return ids
+
+    def prompt(self, tokens: int) -> Measured:
+        """A prompt's forward besides experts and steps."""
+        self._subject.generate(tokens, 1, self._found)
+
+        def sample() -> float:
+            self._counts = {}
+            seconds, _ = self._subject.generate(tokens, 1, self._found)
+            known = sum(
+                self._call_s + self._step(tokens) + sum(self._expert(n) for n in counts if n)
+                for counts in self._counts.values()
+            )
+            if tokens == 1:
+                known = len(self._layers) * self._layer_s()
+            return max(0.0, seconds - known)
+
+        return sampled(sample)
+
+    def _layer_s(self) -> float:
+        return self._call_s + self._step(1) + self._shape.top_k * self._expert(1)
+
+    def _token_s(self, ids: Ids) -> float:
+        _, seconds = self._subject.generate(PROMPT_TOKENS, 1 + MORE_TOKENS, ids)
+        return seconds / MORE_TOKENS
+
+    def token(self) -> tuple[Measured, Measured]:
+        """(one more token whose experts are all there, what of it is besides experts and steps)"""
+        whole = sampled(lambda: self._token_s(self._found))
+        known = len(self._layers) * self._layer_s()
+        low, middle, high = (max(0.0, s - known) for s in (whole.low, whole.seconds, whole.high))
+        return whole, Measured(middle, low, high, whole.repeats, whole.is_steady)
+
+    def reads(self, costs: Costs, whole_s: float) -> tuple[Measured, Measured]:
+        """(a record more that a step waits for, what the first of them takes besides)
+
+        Found as the two numbers with which the costs say of steps with one miss, and of steps with as many as a token
+        can have, what these took in the running model.
+        """
+        shape = self._shape
+        most = min(shape.top_k, *(shape.num_experts - len(r) for r in self._resident.values()))
+        if most < 1:
+            return Measured.exactly(costs.read_s), Measured.exactly(0.0)
+        waits = {n: self._waits(n, whole_s) for n in {1, most}}
+        found = []
+        for pick in ("low", "seconds", "high"):
+            wait_s = {n: getattr(wait, pick) for n, wait in waits.items()}
+            found.append(solve(costs, shape.top_k, wait_s))
+        steady = all(wait.is_steady for wait in waits.values())
+        repeats = sum(wait.repeats for wait in waits.values())
+
+        def joined(place: int) -> Measured:
+            middle = found[1][place]
+            ends = [one[place] for one in found]
+            return Measured(middle, min(ends), max(ends), repeats, steady)
+
+        return joined(0), joined(1)
+
+    def _waits(self, misses: int, whole_s: float) -> Measured:
+        """How much longer a layer's step takes with so many experts missing."""
+
+        def ids(layer: int, tokens: int, k: int) -> torch.Tensor:
+            if tokens > 1:
+                # The prompt's step may choose what it likes, but for a layer whose residents have changed.
+                return self._some(layer, 0, k).expand(tokens, k)
+            return self._some(layer, misses, k)
+
+        def sample() -> float:
+            return max(0.0, self._token_s(ids) - whole_s) / len(self._layers)
+
+        return sampled(sample)
+
+    def prompt_reads(self, found: Calibration) -> Measured:
+        """A record more that a prompt waits for whose tokens choose among all experts."""
+        tokens = max((n for n in self._subject.forward_tokens if n <= READ_TOKENS), default=1)
+        if tokens <= self._shape.top_k:
+            return found.read_step
+        costs = found.costs()
+        events: list[tuple[list[Item], int]] = []
+
+        def ids(layer: int, count: int, k: int) -> torch.Tensor:
+            chosen = torch.tensor([self._draw.sample(range(self._shape.num_experts), k) for _ in range(count)])
+            resident = set(self._work.residents(self._layers[layer]))
+            used = torch.bincount(chosen.flatten()).tolist()
+            items = [
+                Item(ExpertId(layer, e), n, Place.HOST if e in resident else Place.DISK)
+                for e, n in enumerate(used)
+                if n
+            ]
+            events.append((items, len(resident) - sum(item.place is Place.HOST for item in items)))
+            return chosen
+
+        def sample() -> float:
+            events.clear()
+            seconds, _ = self._subject.generate(tokens, 1, ids)
+            other_s = found.dense_s(tokens) + found.steps_s(tokens)
+
+            def predicted(read_s: float) -> float:
+                given = replace(costs, read_many_s=read_s)
+                plans = [(make_scheduler("cpu_all").plan(items, given), room) for items, room in events]
+                return other_s + sum(makespan(plan, given, room).makespan_s for plan, room in plans)
+
+            return root(lambda s: predicted(s) - seconds, costs.read_s / 8, 8 * costs.read_s)
+
+        return sampled(sample)
+
+    def _some(self, layer: int, misses: int, k: int) -> torch.Tensor:
+        resident = self._work.residents(self._layers[layer])
+        missing = sorted(set(range(self._shape.num_experts)).difference(resident))
+        return torch.tensor([self._draw.sample(resident, k - misses) + self._draw.sample(missing, misses)])
