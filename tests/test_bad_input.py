@@ -343,7 +343,7 @@ def test_patch_without_memory_for_its_slots_changes_nothing(tiny_olmoe: Path, mo
     model = OlmoeForCausalLM.from_pretrained(tiny_olmoe)
     before, weights = logits(model), {name: p.clone() for name, p in model.named_parameters()}
     with monkeypatch.context() as patch:
-        patch.setattr("moert.runtime.runtime.HostTier", refuse)
+        patch.setattr("moert.runtime.building.HostTier", refuse)
         with pytest.raises(moert.CapacityError, match="no memory today"):
             moert.patch(model, host_memory="25%")
     assert all(torch.equal(weights[name], p) for name, p in model.named_parameters())

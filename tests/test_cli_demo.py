@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def test_terminal_shows_it_all(cli: Cli, folder: Path) -> None:
     shown, _, rest = ran.out.partition("tokens ")
     assert PROMPT in shown
     assert "all 8 identical to plain transformers" in rest
-    assert "25.0 %" in rest
+    # Of 64 experts, one may still be on its way when the last token is there: somebody expected it.
+    assert re.search(r"\((25\.0|24\.6) %\)", rest)
     assert rest.count("█") > 8
     for command, _ in demo_module.TRY_NEXT:
         assert command in rest

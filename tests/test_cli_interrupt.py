@@ -17,14 +17,14 @@ from cli_support import PROMPT, checkpoint
 # Reports each expert that is preloaded, and takes its time over it.
 SLOW_LOAD = """
 import sys, time
-import moert.runtime.runtime as runtime
-preload = runtime.preload
+import moert.runtime.building as building
+preload = building.preload
 def slow(layers, reads_in_flight, progress=None):
     def report(done, total):
         print("LOADING", flush=True)
         time.sleep(0.2)
     preload(layers, reads_in_flight, report)
-runtime.preload = slow
+building.preload = slow
 from moert.cli import main
 sys.exit(main(sys.argv[1:]))
 """
