@@ -183,7 +183,9 @@ def test_the_two_models_never_stand_side_by_side(cli: Cli, root: Path, monkeypat
 
 def test_people_read_the_same(cli: Cli, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    ran = cli("verify", checkpoint(root, "olmoe", torch.bfloat16), "--host-memory", "25%", "--max-new-tokens", 4)
+    # Without predictions, for an expert that is on its way when the tokens are done is not counted as in memory.
+    options = ("--host-memory", "25%", "--predictor", "none", "--max-new-tokens", 4)
+    ran = cli("verify", checkpoint(root, "olmoe", torch.bfloat16), *options)
     assert ran.code == 0
     for words in (
         "25.0 % of the experts",
