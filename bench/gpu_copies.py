@@ -57,11 +57,10 @@ def _rates(setting: Setting, rows: Rows, peaks: Mapping[str, float], name: str, 
             rows.add(f"copy_rows, {programs} programs, rows of {name}", None, "GB/s", wrong=True)
             continue
         job = [lambda programs=programs: copy_rows(table, sources, destinations, count, programs=programs)]  # type: ignore[misc]
-        taken = race({"copy_rows": job}, device, rounds=5).get("copy_rows")
-        if taken is not None:
-            goal = "G6" if programs == 8 else ""
-            what = f"copy_rows, {programs} programs, rows of {name}"
-            add(what, taken.median, goal, 0.9, programs=programs, row=name, how=taken.how)
+        taken = race({"copy_rows": job}, device, rounds=5)["copy_rows"]
+        goal = "G6" if programs == 8 else ""
+        what = f"copy_rows, {programs} programs, rows of {name}"
+        add(what, taken.median, goal, 0.9, programs=programs, row=name, how=taken.how)
 
 
 def _planner(setting: Setting, rows: Rows) -> None:
@@ -76,9 +75,8 @@ def _planner(setting: Setting, rows: Rows) -> None:
         for what, pool in (("all resident", everyone[:slots]), ("half of them misses", everyone)):
             events = [pool[torch.randint(0, pool.numel(), (tokens, top_k), device=setting.device)] for _ in range(16)]
             calls = [lambda ids=ids, plan=plan, state=state: plan(state, ids) for ids in events]  # type: ignore[misc]
-            taken = race({name: calls}, setting.device).get(name)
-            if taken is not None:
-                hits = what == "all resident"
-                goal = "G8" if hits and name == "plan_lru" else ""
-                text = f"{name}, {tokens * top_k} picks, {slots} slots, {what}"
-                rows.add(text, taken.us, "us", goal=goal, target=Target(6) if goal else None, how=taken.how)
+            taken = race({name: calls}, setting.device)[name]
+            hits = what == "all resident"
+            goal = "G8" if hits and name == "plan_lru" else ""
+            text = f"{name}, {tokens * top_k} picks, {slots} slots, {what}"
+            rows.add(text, taken.us, "us", goal=goal, target=Target(6) if goal else None, how=taken.how)

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from gpu_decode import Step, _kernels, _transformers
+from gpu_contenders import Step, kernels, right_ones, transformers
 from gpu_layers import (
-    TOLERANCE,
     Routing,
     Setting,
-    error,
-    exact,
-    few_of,
     make_bank,
     make_routing,
     slot_table,
@@ -25,14 +21,16 @@ from moert.kernels.bank import Bank
 AT = 8192
 """Tokens that the goals are for."""
 
+PRODUCTS = "torch, products alone"
+
 
 def run(setting: Setting, rows: Rows, peaks: Mapping[str, float]) -> None:
     for choice in ("bf16", "int4", "fp8", "mxfp4", "int8") if not setting.is_dry else ("bf16", "int4"):
         bank, slot_of = make_bank(choice, setting), slot_table(setting)
         for tokens in setting.of((AT, 4096, 1024, 256, 64, 32, 16) if choice == "bf16" else (AT, 256, 32), (24,)):
-            steps: dict[str, Step] = {"moert": _kernels(bank, slot_of)}
+            steps: dict[str, Step] = {"moert": kernels(bank, slot_of)}
             if choice == "bf16":
-                steps["grouped_mm"] = _transformers(bank, "grouped_mm", setting)
+                steps["grouped_mm"] = transformers(bank, "grouped_mm", setting)
             _cell(setting, rows, peaks, choice, tokens, bank, slot_of, steps)
 
 
@@ -49,18 +47,10 @@ def _cell(
     # Up to a few hundred tokens the time is that of the weights, which must not be in the cache.
     routings = [make_routing(setting, tokens) for _ in range(1 if setting.is_dry or tokens > 1024 else 4)]
     what = f"{choice}, {tokens} tokens"
-    calls: dict[str, list[Call]] = {}
-    places, few = few_of(routings[0])
-    right = exact(bank, few, slot_of)
-    for name, step in steps.items():
-        off = error(step(routings[0])[places], right)
-        if off <= TOLERANCE:
-            calls[name] = [lambda step=step, routing=routing: step(routing) for routing in routings]  # type: ignore[misc]
-        else:
-            rows.add(f"{name}, {what}", None, "TFLOP/s", error=off, wrong=True)
+    calls = right_ones(steps, routings, bank, slot_of, rows, what, "TFLOP/s")
     if choice == "bf16":
-        calls["torch, products alone"] = [_products(bank, routing) for routing in routings]
-    taken = race(calls, setting.device, rounds=5)
+        calls[PRODUCTS] = [_products(bank, routing) for routing in routings]
+    taken = race(calls, setting.device, rounds=5, may_fail=("grouped_mm", PRODUCTS))
     operations = setting.shape.operations * tokens * setting.shape.top_k
     dense = peaks.get("dense")
     for name, time in taken.items():

@@ -188,7 +188,7 @@ def _search(setting: Setting, rows: Rows, search: Search, bank: Bank) -> None:
             rows.add(f"{search.label}: {config} computes something else", None, "us", wrong=True)
             continue
         calls[_text(config)] = [_runner(launch, setting) for launch in launches]
-    taken = race(calls, setting.device, rounds=3)
+    taken = race(calls, setting.device, rounds=3, may_fail=calls)
     if not taken:
         return
     best = min(taken, key=lambda name: taken[name].median)

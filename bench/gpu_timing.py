@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,17 +30,26 @@ class Taken:
         return 1e6 * self.median
 
 
-def race(contenders: Mapping[str, Sequence[Call]], device: torch.device, rounds: int = 9) -> dict[str, Taken]:
+def race(
+    contenders: Mapping[str, Sequence[Call]],
+    device: torch.device,
+    rounds: int = 9,
+    *,
+    may_fail: Container[str] = (),
+) -> dict[str, Taken]:
     """Time contenders in turns; each one's calls are one graph, and a sample is of all of them.
 
     Give the calls inputs of their own, so that together they read more than the caches hold: then each finds its
-    weights in memory, as a model's layers do. Those that cannot be run at all are not in the result; it is said why.
+    weights in memory, as a model's layers do. Those of `may_fail` that cannot be run at all are not in the result; it
+    is said why. Of any other contender that is an error: what is to be measured must not drop out unseen.
     """
     ready: dict[str, tuple[Call, str, int]] = {}
     for name, calls in contenders.items():
         try:
             run, how = _prepared(calls, device)
         except (RuntimeError, ValueError, NotImplementedError) as problem:
+            if name not in may_fail:
+                raise
             print(f"  {name} cannot run: {str(problem).splitlines()[0]}", flush=True)
             continue
         repeats = 1

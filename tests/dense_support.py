@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -34,6 +35,27 @@ class Calls:
         self.rows.clear()
         run()
         return len(self.rows)
+
+
+def computed_calls(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> Callable[[Callable[[], Any]], int]:
+    """How often the kernel that `module` calls by that name computes, and does not give None, while something runs."""
+    kernel, computed = getattr(module, name), []
+
+    def counted(*args: Any) -> torch.Tensor | None:
+        y: torch.Tensor | None = kernel(*args)
+        computed.append(y is not None)
+        return y
+
+    monkeypatch.setattr(module, name, counted)
+
+    def during(run: Callable[[], Any]) -> int:
+        computed.clear()
+        run()
+        return sum(computed)
+
+    return during
 
 
 def block(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:

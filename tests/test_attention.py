@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_support import computed_calls
 from families import Zoo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -15,7 +16,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import moert
 from moert.hf import attention
 from moert.hf.dense_compute import give_back, take_over
-from moert.kernels.attention import attend
 
 Calls = Callable[[Callable[[], Any]], int]
 
@@ -23,21 +23,7 @@ Calls = Callable[[Callable[[], Any]], int]
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """How often the kernel computes while something runs."""
-    computed = []
-
-    def counted(*args: Any) -> torch.Tensor | None:
-        y = attend(*args)
-        computed.append(y is not None)
-        return y
-
-    monkeypatch.setattr(attention, "attend", counted)
-
-    def during(run: Callable[[], Any]) -> int:
-        computed.clear()
-        run()
-        return sum(computed)
-
-    return during
+    return computed_calls(monkeypatch, attention, "attend")
 
 
 def decode(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, steps: int = 3) -> torch.Tensor:

@@ -97,6 +97,7 @@ def test_a_step_that_fails_or_hangs_ends_alone(bench_on_path: None, capfd: pytes
 
 
 def test_nothing_is_timed_that_is_wrong(bench_on_path: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_contenders
     import gpu_decode
     import torch
     import triton_support
@@ -105,8 +106,27 @@ def test_nothing_is_timed_that_is_wrong(bench_on_path: None, tmp_path: Path, mon
 
     assert triton_support.INTERPRETED
     monkeypatch.setattr(gpu_decode, "FASTER", {})
-    monkeypatch.setattr(gpu_decode, "device_experts", lambda bank, x, *step: x * 1.02)
-    monkeypatch.setattr(gpu_decode, "race", lambda calls, device: pytest.fail("timed") if calls else {})
+    for module in (gpu_contenders, gpu_decode):
+        monkeypatch.setattr(module, "device_experts", lambda bank, x, *step: x * 1.02)
+    monkeypatch.setattr(gpu_decode, "race", lambda calls, device, **_: pytest.fail("timed") if calls else {})
     rows = Rows(tmp_path / "rows.json")
     gpu_decode.run(Setting(torch.device("cpu"), TINY), rows, {})
     assert rows.rows and all(row["wrong"] and row["value"] is None for row in rows.rows)
+
+
+def test_only_others_may_drop_out_of_a_race(bench_on_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_timing
+    import torch
+
+    def prepared(calls: Any, device: torch.device) -> tuple[Any, str]:
+        calls[0]()  # as where a graph is captured
+        return calls[0], "graph"
+
+    def broken() -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(gpu_timing, "_prepared", prepared)
+    contenders = {"moert": [lambda: None], "other": [broken]}
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        gpu_timing.race(contenders, torch.device("cpu"))
+    assert list(gpu_timing.race(contenders, torch.device("cpu"), may_fail=("other",))) == ["moert"]

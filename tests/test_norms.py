@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_support import HALVES, numbers
+from dense_support import HALVES, computed_calls, numbers
 from families import LAYOUT_FAMILIES, Zoo, logits
 from torch import nn
 
@@ -65,21 +65,7 @@ def taken(norm: nn.Module) -> bool:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], int]:
     """How often the kernel computes while something runs."""
-    computed = []
-
-    def counted(*args: Any) -> torch.Tensor | None:
-        y = rms_norm(*args)
-        computed.append(y is not None)
-        return y
-
-    monkeypatch.setattr(norms, "rms_norm", counted)
-
-    def during(run: Callable[[], Any]) -> int:
-        computed.clear()
-        run()
-        return sum(computed)
-
-    return during
+    return computed_calls(monkeypatch, norms, "rms_norm")
 
 
 def ulps_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

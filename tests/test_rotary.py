@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dense_support import HALVES, numbers
+from dense_support import HALVES, computed_calls, numbers
 from families import Zoo, logits
 from torch import nn
 
@@ -82,21 +82,7 @@ def inputs(dtype: torch.dtype = torch.bfloat16, tokens: int = 5, turns: int = 16
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], int]:
     """How often the kernel computes while something runs."""
-    computed = []
-
-    def counted(*args: Any) -> torch.Tensor | None:
-        y = rotate(*args)
-        computed.append(y is not None)
-        return y
-
-    monkeypatch.setattr(rotary, "rotate", counted)
-
-    def during(run: Callable[[], Any]) -> int:
-        computed.clear()
-        run()
-        return sum(computed)
-
-    return during
+    return computed_calls(monkeypatch, rotary, "rotate")
 
 
 @pytest.mark.parametrize("dtype", HALVES)

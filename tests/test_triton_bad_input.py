@@ -122,6 +122,8 @@ def _cases() -> Iterator[Any]:
             for wrong in WRONGS:
                 if wrong == "another length" and (face, name) in FREE:
                     continue
+                if wrong == "not contiguous" and tensors[name].numel() == 1:
+                    continue  # one number is contiguous whatever its strides
                 yield pytest.param(face, name, wrong, id=f"{face}-{name}-{wrong}")
 
 
@@ -138,8 +140,7 @@ def unlaunched(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tensor_that_cannot_be_right(face: str, name: str, wrong: str) -> None:
     call, tensors = FACES[face]
     bad = WRONGS[wrong](tensors[name])
-    if wrong == "not contiguous" and bad.is_contiguous():
-        pytest.skip("one number is contiguous whatever its strides")
+    assert wrong != "not contiguous" or not bad.is_contiguous()
     with pytest.raises(ValueError, match=r"\d|meta"):
         call(**{**tensors, name: bad})
 
