@@ -53,6 +53,9 @@ bool without_gil(const Body& body) {
 
 constexpr const char* kMatrixName = "moert.matrix";
 constexpr const char* kExpertName = "moert.expert";
+constexpr const char* kSelfAttentionName = "moert.self_attention";
+constexpr const char* kTokenLayerName = "moert.token_layer";
+constexpr const char* kExpertTableName = "moert.expert_table";
 constexpr const char* kJobName = "moert.job";
 
 // What capsules hold is their own.
@@ -86,6 +89,9 @@ extern PyMethodDef ffn_methods[];
 extern PyMethodDef norm_methods[];
 extern PyMethodDef rotary_methods[];
 extern PyMethodDef attention_methods[];
+extern PyMethodDef self_attention_methods[];
+extern PyMethodDef token_layer_methods[];
+extern PyMethodDef identity_methods[];
 extern PyMethodDef pool_methods[];
 extern PyMethodDef reader_methods[];
 

@@ -14,6 +14,7 @@ constexpr const char* kFormatNames[kFormats] = {"fp32", "bf16", "fp16", "fp8", "
 constexpr const char* kNumberNames[] = {"fp32", "bf16", "fp16"};
 constexpr const char* kCurveNames[kCurves] = {"identity", "silu",  "gelu",    "gelu_tanh",
                                               "relu",     "relu2", "sigmoid", "tanh"};
+constexpr const char* kScaleNames[kScales] = {"after_rounding", "before_rounding", "one_plus"};
 
 // Each sets a Python exception and returns false where the value is not one that there is.
 
@@ -28,6 +29,11 @@ bool as_number(const char* name, Number* number);
 
 // Unquantised weights want activations of their own type: the kernels for 16 bits round x to it.
 bool check_number(const Matrix& w, Number number, const char* name);
+
+// (activation, gated, interleaved, alpha, gate_limit, up_limit, up_offset, output_limit)
+bool as_gate(PyObject* object, Gate* gate);
+
+bool check_expert(const Expert& expert, const Step& step);
 
 // Runs all of it on this thread.
 void run_here(Work& work);

@@ -38,35 +38,6 @@ PyObject* py_expert(PyObject*, PyObject* args) {
     return enclose(std::make_unique<Expert>(expert), kExpertName);
 }
 
-bool as_gate(PyObject* object, Gate* gate) {
-    const char* curve_name;
-    int gated, interleaved, curve;
-    if (!PyArg_ParseTuple(object, "sppfffff:gate", &curve_name, &gated, &interleaved, &gate->alpha, &gate->gate_limit,
-                          &gate->up_limit, &gate->up_offset, &gate->output_limit) ||
-        !as_choice(curve_name, "activation", kCurveNames, &curve)) {
-        return false;
-    }
-    gate->curve = static_cast<Curve>(curve);
-    gate->gated = gated != 0;
-    gate->interleaved = interleaved != 0;
-    return true;
-}
-
-bool check_expert(const Expert& expert, const Step& step) {
-    const int64_t up_rows = step.gate.gated ? 2 * step.width : step.width;
-    if (expert.up.k == step.hidden && expert.down.n == step.hidden && expert.down.k == step.width &&
-        expert.up.n == up_rows) {
-        return true;
-    }
-    PyErr_Format(PyExc_ValueError,
-                 "an expert of up [%lld, %lld], down [%lld, %lld] in a layer of hidden size %lld, width %lld%s",
-                 static_cast<long long>(expert.up.n), static_cast<long long>(expert.up.k),
-                 static_cast<long long>(expert.down.n), static_cast<long long>(expert.down.k),
-                 static_cast<long long>(step.hidden), static_cast<long long>(step.width),
-                 step.gate.gated ? ", gated" : "");
-    return false;
-}
-
 bool as_group(PyObject* object, const Step& step, uint64_t x_rows, uint64_t out_rows, Group* group) {
     PyObject *expert_object, *tokens_object, *rows_object, *weights_object, *out_row_object;
     if (!PyArg_ParseTuple(object, "OOOOO:group", &expert_object, &tokens_object, &rows_object, &weights_object,

@@ -6,7 +6,6 @@
 namespace moert {
 namespace {
 
-constexpr const char* kScaleNames[kScales] = {"after_rounding", "before_rounding", "one_plus"};
 constexpr uint64_t kMostStride = uint64_t{1} << 40;
 
 PyObject* py_rms_norm(PyObject*, PyObject* args) {

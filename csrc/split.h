@@ -17,4 +17,7 @@ struct Rows {
 // about as much as reading 30 KB; the last are short, so that no thread waits long for another one's last task.
 std::vector<Rows> share_out(int64_t parts, int64_t rows, int64_t most, int threads);
 
+// The same for weights of different numbers of rows.
+std::vector<Rows> share_out(const std::vector<int64_t>& rows, int64_t most, int threads);
+
 }  // namespace moert

@@ -58,7 +58,7 @@ class ExpertFfn:
             raise ValueError(f"activations are {', '.join(map(str, NUMBERS))}, not {dtype}")
         self.gate, self.hidden, self.width, self.dtype = gate, hidden, width, dtype
         self._number = NUMBERS[dtype]
-        self._gate = (
+        self.arguments = (
             gate.activation,
             gate.gated,
             gate.interleaved,
@@ -68,6 +68,7 @@ class ExpertFfn:
             gate.up_offset,
             gate.output_limit,
         )
+        """What the extension takes of the gate."""
 
     def expert(
         self, up: Matrix, down: Matrix, up_bias: torch.Tensor | None = None, down_bias: torch.Tensor | None = None
@@ -151,7 +152,7 @@ class ExpertFfn:
             )
         y = torch.empty_like(hidden)
         _C.ffn_token(
-            self._gate,
+            self.arguments,
             self._number,
             self.hidden,
             self.width,
@@ -195,7 +196,7 @@ class ExpertFfn:
             for expert, of, weight, begin in zip(experts, tokens, weights, begins, strict=True)
         ]
         return (
-            self._gate,
+            self.arguments,
             self._number,
             self.hidden,
             self.width,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -12,6 +12,14 @@ from moert.kernels.cpu import HALVES, NUMBERS
 SCALES: Final = ("after_rounding", "before_rounding", "one_plus")
 """Where the weight comes in. With r = 1 / sqrt(mean(x^2) + eps), in fp32 but for the roundings to the dtype of `x`:
 round(w * round(x * r)), round(w * (x * r)), round((1 + w) * (x * r))."""
+
+
+class Norm(NamedTuple):
+    """What `rms_norm` takes beside the rows."""
+
+    weight: torch.Tensor
+    eps: float
+    scale: str
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, scale: str) -> torch.Tensor | None:

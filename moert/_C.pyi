@@ -1,6 +1,8 @@
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+_Heads: TypeAlias = tuple[int, int, int]
+_Token: TypeAlias = tuple[int, int | None, int | None, int, _Heads, _Heads, int, int, int | None]
 _Group: TypeAlias = tuple[object, int, int | None, int | None, int | None]
 
 def prefault(address: int, nbytes: int, threads: int, /) -> bool: ...
@@ -86,6 +88,28 @@ def rotate(
     angle_steps: tuple[int, int],
     /,
 ) -> None: ...
+def self_attention(
+    number: str,
+    sizes: tuple[int, int, int, int],
+    scale: float,
+    projections: tuple[tuple[object, int | None], ...],
+    norms: tuple[tuple[str, float, int, int] | None, ...],
+    /,
+) -> object: ...
+def same_bytes(a: int, b: int, nbytes: int, /) -> bool: ...
+def holds(entries: list[tuple[Any, ...]], /) -> bool: ...
+def attend_token(attention: object, token: _Token, /) -> None: ...
+def token_layer(
+    attention: object,
+    router: tuple[object, int | None],
+    rule: tuple[Any, ...],
+    gate: tuple[Any, ...],
+    width: int,
+    /,
+) -> object: ...
+def pick(rule: tuple[Any, ...], logits: int, experts: int, ids: int, weights: int, /) -> None: ...
+def expert_table(hidden: int, width: int, gated: bool, experts: list[object], /) -> object: ...
+def run_layers(layers: list[tuple[object, _Token, int, int, object | None, int]], /) -> list[float]: ...
 def attend(
     number: str,
     sizes: tuple[int, int, int, int, int, int],

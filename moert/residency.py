@@ -11,6 +11,9 @@ from moert.policies.base import Policy
 from moert.turnover import turn_over
 from moert.types import ExpertId
 
+MOST_LATE = 64
+"""Events that a policy may be told of at once."""
+
 
 class Admission(NamedTuple):
     """A slot given to an expert, and the expert that had to leave it (None if the slot was free)."""
@@ -71,7 +74,9 @@ class Residency:
         """
         _check_capacity(capacity)
         self.capacity = capacity
-        self.policy = policy
+        self._policy = policy
+        self._late: list[Sequence[ExpertId]] = []
+        """Events that the policy has not been told of."""
         self._slot_of: dict[ExpertId, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
         self._locked: set[ExpertId] = set()
@@ -80,6 +85,18 @@ class Residency:
         self._expected: frozenset[ExpertId] = frozenset()
         self._promised: set[ExpertId] = set()
         self._leaving: set[ExpertId] = set()
+
+    @property
+    def policy(self) -> Policy:
+        """Who decides, and knows of every event so far."""
+        if self._late:
+            self._catch_up()
+        return self._policy
+
+    def _catch_up(self) -> None:
+        late, self._late = self._late, []
+        for event in late:
+            self._policy.access(event)
 
     def __len__(self) -> int:
         return len(self._slot_of) - len(self._arriving)
@@ -131,6 +148,17 @@ class Residency:
         self._expected = frozenset()
         self.policy.access(event)
         return True
+
+    def hit(self, event: Sequence[ExpertId]) -> None:
+        """A step over `event` (each expert once, ascending), all of it resident, has begun and ended.
+
+        The policy hears of it when it is next asked for anything: many at once take a fraction of the time.
+        """
+        assert not self._event, f"the step over {sorted(self._event)} has not ended"
+        self._expected = frozenset()
+        self._late.append(event)
+        if len(self._late) >= MOST_LATE:
+            self._catch_up()
 
     def expect(self, experts: Iterable[ExpertId]) -> None:
         """The next step is expected to need these experts: until it begins, nothing that is admitted displaces one."""
@@ -286,7 +314,8 @@ class Residency:
         held = set(kept.values())
         self._free = [slot for slot in range(capacity - 1, -1, -1) if slot not in held]
         self.capacity = capacity
-        self.policy = self.policy.fresh(capacity)
+        self._late = []
+        self._policy = self._policy.fresh(capacity)
         for expert in sorted(kept):
             self.policy.admit(expert)
 

@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from moert.kernels import cpu
-from moert.predictors.base import Prediction, Router
+from moert.predictors.base import MARGIN, Floats, Prediction, Router
 
-MARGIN = 1.5
-"""Ranks are given for so many times the picks of a token: those just below the choice are next in likelihood."""
+
+class Looks:
+    """What routers made of hidden states lately, layer by layer: kept until somebody asks for scores."""
+
+    def __init__(self) -> None:
+        self._logits: dict[int, tuple[Router, torch.Tensor]] = {}
+
+    def look(self, layer: int, router: Router, hidden: torch.Tensor) -> Prediction | None:
+        """See `rank`; None where `hidden` is not finite, or of no token."""
+        if not len(hidden):
+            return None
+        logits = logits_of(router, hidden)
+        found = _order(layer, router, logits)
+        if found is None:
+            self._logits.pop(layer, None)
+        else:
+            self._logits[layer] = (router, logits)
+        return found
+
+    def forget(self) -> None:
+        """What was looked at is over."""
+        self._logits.clear()
+
+    def scores(self, layer: int, num_experts: int) -> Floats | None:
+        """[E] of the latest look at `layer`: the best softmax of its logits that any token gives; None without one."""
+        if layer not in self._logits:
+            return None
+        router, logits = self._logits[layer]
+        known = logits.float().softmax(1).amax(0)[: router.num_experts].numpy()
+        return known if len(known) == num_experts else np.pad(known, (0, num_experts - len(known)))
 
 
 def rank(layer: int, router: Router, hidden: torch.Tensor) -> Prediction:
-    """What `router` makes of `hidden` [T, D]: experts by the best rank that any token gives them."""
+    """What `router` makes of `hidden` [T, D]: experts by the best rank that any token gives them.
+
+    None at all where something in `hidden` is not finite.
+    """
+    return _order(layer, router, logits_of(router, hidden)) or Prediction(layer, [], [])
+
+
+def logits_of(router: Router, hidden: torch.Tensor) -> torch.Tensor:
+    """[T, E] what `router` chooses the highest of."""
     weight = router.weight
     hidden = hidden.to(weight.dtype)
     if weight.dtype in cpu.HALVES:
@@ -21,11 +58,21 @@ def rank(layer: int, router: Router, hidden: torch.Tensor) -> Prediction:
         logits = torch.nn.functional.linear(hidden, weight, router.bias)
     if router.correction is not None:
         logits = logits.float().sigmoid() + router.correction
+    return logits
+
+
+def _order(layer: int, router: Router, logits: torch.Tensor) -> Prediction | None:
     n = min(logits.shape[1], int(MARGIN * router.top_k))
-    if len(hidden) == 1:
-        (order,) = logits.topk(n, dim=1).indices.tolist()
+    if len(logits) == 1:
+        best = logits.topk(n, dim=1)
+        # Whatever is not a number comes first, and infinity before all numbers.
+        if n and not abs(best.values[0, 0].item()) < float("inf"):
+            return None
+        (order,) = best.indices.tolist()
         kept = [(expert, place) for place, expert in enumerate(order) if expert < router.num_experts]
         return Prediction(layer, [expert for expert, _ in kept], [place for _, place in kept])
+    if not logits.isfinite().all():
+        return None
     ranked: dict[int, int] = {}
     for place, experts in enumerate(logits.topk(n, dim=1).indices.t().tolist()):
         for expert in experts:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
+from moert.predictors._checks import check_from_to
+from moert.predictors.base import MOST_LAYERS, Floats, Model, Need, Prediction, Predictor
 
-from moert.predictors._ranking import rank
-from moert.predictors.base import Prediction, Predictor, Router
+if TYPE_CHECKING:
+    import torch
 
 
 class GateAhead(Predictor):
@@ -18,14 +20,27 @@ class GateAhead(Predictor):
     picks. The norm before the next router is not applied: its input is taken to be scaled like this layer's.
     """
 
-    def __init__(self, routers: Sequence[Router | None], ahead: int = 1) -> None:
-        super().__init__(routers)
-        self._ahead = ahead
+    needs = frozenset({Need.HIDDEN, Need.ROUTERS})
 
-    def step(self, layer: int, hidden: torch.Tensor) -> Sequence[Prediction]:
-        found = []
-        for later in range(layer + 1, min(layer + 1 + self._ahead, len(self.routers))):
-            router = self.routers[later]
+    def __init__(self, model: Model, ahead: int = 1) -> None:
+        from moert.predictors._ranking import Looks
+
+        super().__init__(model)
+        self.ahead = check_from_to("gate_ahead", "ahead", ahead, 1, MOST_LAYERS)
+        self._looks = Looks()
+
+    def step(self, layer: int, hidden: torch.Tensor | None = None) -> Sequence[Prediction]:
+        found: list[Prediction] = []
+        self._looks.forget()
+        if hidden is None:
+            return found
+        for later in range(layer + 1, min(layer + 1 + self.ahead, self.model.num_layers)):
+            router = self.model.router(later)
             if router is not None and router.weight.shape[1] == hidden.shape[1]:
-                found.append(rank(later, router, hidden))
+                prediction = self._looks.look(later, router, hidden)
+                if prediction is not None:
+                    found.append(prediction)
         return found
+
+    def scores(self, layer: int, tokens: int = 0) -> Floats | None:
+        return None if tokens else self._looks.scores(layer, self.model.num_experts[layer])

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from moert.kernels.norm import rms_norm
-from moert.predictors._ranking import rank
-from moert.predictors.base import Prediction, Predictor, Router
+from moert.predictors._checks import check_from_to
+from moert.predictors._ranking import Looks
+from moert.predictors.base import MOST_LAYERS, Floats, Model, Need, Prediction, Predictor
 
 FEW_TOKENS = 16
 """A step of fewer tokens changes what has been learned little by little; one of more says it anew."""
@@ -49,6 +50,8 @@ class _Channels:
         if few and self._steps % EVERY and self._steps > EVERY:
             return
         both = torch.stack((source.float(), target.float()))
+        if not both.sum().isfinite():
+            return
         apart = both - (self._mean if few else both.mean(1))[:, None]
         moments = (apart * apart[:1]).mean(1)
         share = SHARE if few and self._steps > 1 else 1.0
@@ -70,27 +73,47 @@ class GateAheadCorrected(Predictor):
     the mean of what is added are in them. A long prompt sets them, and single tokens keep them up to date.
     """
 
-    def __init__(self, routers: Sequence[Router | None]) -> None:
-        super().__init__(routers)
-        self._from_step: dict[int, _Channels] = {}
-        self._from_entry: dict[int, _Channels] = {}
-        self._hidden: tuple[int, torch.Tensor] | None = None
+    needs = frozenset({Need.HIDDEN, Need.ROUTERS})
+
+    def __init__(self, model: Model, ahead: int = 1) -> None:
+        """A predictor whose first look goes to the next `ahead` layers.
+
+        Raises:
+            ConfigError: `ahead` is out of range.
+        """
+        super().__init__(model)
+        self.ahead = check_from_to("gate_ahead_corrected", "ahead", ahead, 1, MOST_LAYERS)
+        self._looks = Looks()
+        self._from_step: dict[tuple[int, int], _Channels] = {}
+        """(layer, how far ahead it was looked at) -> what happens on the way."""
+        self._from_entry: dict[tuple[int, int], _Channels] = {}
+        self._hidden: dict[int, torch.Tensor] = {}
+        """Layer -> what its experts were given in this pass, of the latest layers."""
         self._entered: tuple[int, torch.Tensor] | None = None
         self._ones: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
-    def step(self, layer: int, hidden: torch.Tensor) -> Sequence[Prediction]:
-        if self._hidden is not None and self._hidden[0] == layer - 1:
-            self._learn(self._from_step, layer, self._hidden[1], hidden)
+    def step(self, layer: int, hidden: torch.Tensor | None = None) -> Sequence[Prediction]:
+        self._looks.forget()
+        if hidden is None:
+            return []
+        for gap in range(1, self.ahead + 1):
+            if layer - gap in self._hidden:
+                self._learn(self._from_step, (layer, gap), self._hidden[layer - gap], hidden)
         if self._entered is not None and self._entered[0] == layer:
-            self._learn(self._from_entry, layer, self._entered[1], hidden)
-        self._hidden = (layer, hidden)
+            self._learn(self._from_entry, (layer, 0), self._entered[1], hidden)
+        self._hidden = {known: self._hidden[known] for known in self._hidden if layer - self.ahead < known < layer}
+        self._hidden[layer] = hidden
         self._entered = None
-        return [] if (found := self._look(self._from_step, layer + 1, hidden)) is None else [found]
+        looks = (self._look(self._from_step, (layer + gap, gap), hidden) for gap in range(1, self.ahead + 1))
+        return [found for found in looks if found is not None]
 
     def enter(self, layer: int, residual: torch.Tensor) -> Prediction | None:
         scaled = self._scaled(residual)
         self._entered = (layer, scaled)
-        return self._look(self._from_entry, layer, scaled)
+        return self._look(self._from_entry, (layer, 0), scaled)
+
+    def scores(self, layer: int, tokens: int = 0) -> Floats | None:
+        return None if tokens else self._looks.scores(layer, self.model.num_experts[layer])
 
     def _scaled(self, residual: torch.Tensor) -> torch.Tensor:
         """Each row [D] of `residual` over the root of its mean square."""
@@ -103,16 +126,20 @@ class GateAheadCorrected(Predictor):
             scaled = scaled * (scaled.square().mean(-1, keepdim=True) + EPS).rsqrt()
         return scaled
 
-    def _learn(self, known: dict[int, _Channels], layer: int, source: torch.Tensor, target: torch.Tensor) -> None:
-        if source.shape != target.shape:
+    def _learn(
+        self, known: dict[tuple[int, int], _Channels], key: tuple[int, int], source: torch.Tensor, target: torch.Tensor
+    ) -> None:
+        if source.shape != target.shape or not len(target):
             return
-        if layer not in known:
-            known[layer] = _Channels(target.shape[1])
-        known[layer].learn(source, target)
+        if key not in known:
+            known[key] = _Channels(target.shape[1])
+        known[key].learn(source, target)
 
-    def _look(self, known: dict[int, _Channels], layer: int, source: torch.Tensor) -> Prediction | None:
-        router = self.routers[layer] if layer < len(self.routers) else None
+    def _look(
+        self, known: dict[tuple[int, int], _Channels], key: tuple[int, int], source: torch.Tensor
+    ) -> Prediction | None:
+        router = self.model.router(key[0])
         if router is None or router.weight.shape[1] != source.shape[1]:
             return None
-        channels = known.get(layer)
-        return rank(layer, router, source if channels is None else channels.apply(source))
+        channels = known.get(key)
+        return self._looks.look(key[0], router, source if channels is None else channels.apply(source))

@@ -14,10 +14,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import moert
-from moert.hf import attention
+from moert.hf import attention, dense_compute
 from moert.hf.dense_compute import give_back, take_over
 
 Calls = Callable[[Callable[[], Any]], int]
+
+
+@pytest.fixture(autouse=True)
+def layers_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single tokens go through the code of the attentions, and not through all of it at once."""
+    monkeypatch.setattr(dense_compute, "self_attention_forward", lambda module: None)
 
 
 @pytest.fixture

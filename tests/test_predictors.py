@@ -1,4 +1,4 @@
-"""The contract of every predictor there is, and what the two kinds of gate-ahead see."""
+"""What the two kinds of gate-ahead see."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ import moert
 from moert.errors import ConfigError
 from moert.hf.model import offloaded_modules, runtime_of
 from moert.hf.router_weights import find_routers
-from moert.plugins import available, load_plugin
 from moert.predictors._ranking import rank
-from moert.predictors.base import Predictor, Router
+from moert.predictors.base import Model, Router
 from moert.predictors.gate_ahead import GateAhead
 from moert.predictors.gate_ahead_corrected import GateAheadCorrected
 
 D, E, K = 16, 12, 3
-NAMES = available("moert.predictors")
 
 EXACT = {"deepseek_v3", "gpt_oss", "lfm2_moe", "mixtral", "olmoe", "qwen3_moe"} & set(SUPPORTED_FAMILIES)
 """Families whose routers are a product, perhaps with a correction, and nothing else that changes the choice."""
@@ -37,42 +35,10 @@ def chosen(router: Router | None, hidden: torch.Tensor, n: int = K) -> list[list
     return [sorted(range(E), key=lambda expert: -scores[token, expert])[:n] for token in range(len(hidden))]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_predictor_keeps_the_contract(name: str, tokens: int, dtype: torch.dtype) -> None:
-    known = routers(3, dtype)
-    known[1] = None
-    predictor = load_plugin("moert.predictors", name, Predictor)(known)  # type: ignore[type-abstract]
-    torch.manual_seed(0)
-    for _ in range(20):
-        for layer in range(3):
-            residual, hidden = (torch.randn(tokens, D, dtype=dtype) for _ in range(2))
-            copies = residual.clone(), hidden.clone()
-            entry = predictor.enter(layer, residual)
-            found = list(predictor.step(layer, hidden))
-            assert torch.equal(residual, copies[0]), "the residual was written to"
-            assert torch.equal(hidden, copies[1]), "the hidden state was written to"
-            assert all(prediction.layer > layer for prediction in found)
-            for prediction in [*found, *([entry] if entry is not None else [])]:
-                assert known[prediction.layer] is not None
-                assert len(set(prediction.experts)) == len(prediction.experts) == len(prediction.ranks)
-                assert set(prediction.experts) <= set(range(E))
-                assert prediction.ranks == sorted(prediction.ranks)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_layers_of_other_widths_and_the_last_one_are_left_alone(name: str) -> None:
-    predictor = load_plugin("moert.predictors", name, Predictor)(routers(2))  # type: ignore[type-abstract]
-    assert list(predictor.step(0, torch.ones(1, D + 1))) == []
-    assert list(predictor.step(1, torch.ones(1, D))) == []
-    assert predictor.enter(1, torch.ones(1, D - 1)) is None
-
-
 def test_gate_ahead_is_the_next_router_on_this_hidden_state() -> None:
     known = routers(4)
     hidden = torch.randn(1, D, generator=torch.Generator().manual_seed(3))
-    (first, second) = GateAhead(known, ahead=2).step(1, hidden)
+    (first, second) = GateAhead(Model.of_routers(known), ahead=2).step(1, hidden)
     assert (first.layer, second.layer) == (2, 3)
     assert first.experts == chosen(known[2], hidden, n=4)[0]
     assert first.ranks == [0, 1, 2, 3]
@@ -82,7 +48,7 @@ def test_gate_ahead_is_the_next_router_on_this_hidden_state() -> None:
 def test_of_several_tokens_each_experts_best_rank_counts() -> None:
     known = routers(2)
     hidden = torch.randn(3, D, generator=torch.Generator().manual_seed(4))
-    (found,) = GateAhead(known).step(0, hidden)
+    (found,) = GateAhead(Model.of_routers(known)).step(0, hidden)
     places = [tokens.index(expert) for expert in found.experts for tokens in [chosen(known[1], hidden, E)[0]]]
     assert len(places) == len(found.experts)
     best = {
@@ -109,7 +75,7 @@ def test_corrected_learns_what_is_between_two_layers(prompt: int) -> None:
     known = routers(2, seed=5)
     generator = torch.Generator().manual_seed(6)
     gain, offset = 0.2 + torch.rand(D, generator=generator), 3 * torch.randn(D, generator=generator)
-    predictor, plain = GateAheadCorrected(known), GateAhead(known)
+    predictor, plain = GateAheadCorrected(Model.of_routers(known)), GateAhead(Model.of_routers(known))
 
     def run(tokens: int) -> tuple[list[set[int]], list[set[int]]]:
         hidden = torch.randn(tokens, D, generator=generator)
@@ -135,7 +101,7 @@ def test_corrected_learns_what_is_between_two_layers(prompt: int) -> None:
 def test_corrected_keeps_up_with_a_change() -> None:
     known = routers(2, seed=8)
     generator = torch.Generator().manual_seed(9)
-    predictor = GateAheadCorrected(known)
+    predictor = GateAheadCorrected(Model.of_routers(known))
     for offset in (torch.zeros(D), 4 * torch.randn(D, generator=generator)):
         right = 0
         for step in range(300):
@@ -168,9 +134,38 @@ def test_routers_that_are_found_choose_what_the_model_chooses(family: str) -> No
 
 
 def test_unknown_predictor_is_refused_and_none_is_none(tiny_olmoe: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no predictor named 'oracle'; there are gate_ahead, "):
-        moert.load(tiny_olmoe, host_memory="75%", predictor="oracle")
+    with pytest.raises(ConfigError, match=r"no predictor named 'oracular'; there are activation_matrix, "):
+        moert.load(tiny_olmoe, host_memory="75%", predictor="oracular")
     with moert.load(tiny_olmoe, host_memory="75%", predictor="none") as model:
         assert runtime_of(model).look_ahead is None
     with moert.load(tiny_olmoe, host_memory="75%") as model:
         assert runtime_of(model).look_ahead is not None
+
+
+@pytest.mark.parametrize(
+    ("predictor", "message"),
+    [
+        ("oracle", "'oracle' needs the future, which is not at hand in a live run"),
+        ("token_table", "needs a file that `moert train-predictor` wrote, which is not at hand in a live run"),
+        ("joint,speed=-1", "speed=-1.0 must be from"),
+        ("joint,fast=1", "'fast=1' is no parameter of joint; its parameters are: speed=0.1, alpha=0.03, ahead=1"),
+    ],
+)
+def test_what_cannot_run_live_is_refused(predictor: str, message: str, tiny_olmoe: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        moert.load(tiny_olmoe, host_memory="75%", predictor=predictor)
+    assert message in str(caught.value)
+
+
+def test_without_routers_the_picks_alone_are_gone_by(tiny_olmoe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moert.hf.router_weights._router_beside", lambda *_: None)
+    with pytest.warns(RuntimeWarning, match="no router of this model is known.*'joint' predicts instead"):
+        loaded = moert.load(tiny_olmoe, host_memory="50%")
+    with loaded as model:
+        found = model.generate(torch.tensor([[3, 1, 4]]), max_new_tokens=12, do_sample=False)
+        ahead = runtime_of(model).look_ahead
+        assert ahead is not None
+        assert type(ahead._predictor).__name__ == "Joint"
+        assert ahead._predictor.scores(1, 1) is not None, "it has been told what was picked"
+    with moert.load(tiny_olmoe, host_memory="50%", predictor="none") as model:
+        assert torch.equal(model.generate(torch.tensor([[3, 1, 4]]), max_new_tokens=12, do_sample=False), found)

@@ -218,7 +218,7 @@ def test_models(family: str, found: bool, zoo: Zoo, calls: Any) -> None:
     with moert.patch(model, host_memory="50%"):
         forwards = [vars(module).get("forward") for module in model.modules()]
         taken = [forward for forward in forwards if isinstance(forward, AttentionForward)]
-        assert sum("apply_rotary_pos_emb" in forward.names for forward in taken) == layers * found
+        assert sum("apply_rotary_pos_emb" in forward.instead for forward in taken) == layers * found
         assert calls(lambda: logits(model, specimen.inputs)) == 2 * layers * found
     with moert.patch(model, host_memory="50%", dense_kernels=False):
         assert count(model, AttentionForward) == 0

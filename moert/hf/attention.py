@@ -20,11 +20,6 @@ _FUNCTIONS = "ALL_ATTENTION_FUNCTIONS"
 class AttentionForward(ReboundForward):
     """Stands in an attention's own `forward`: the class's code, in which some functions are moert's."""
 
-    def __init__(self, module: nn.Module, instead: dict[str, Any]) -> None:
-        super().__init__(module, instead)
-        self.names = frozenset(instead)
-        """What the code calls them."""
-
 
 def attention_forward(module: nn.Module, known: dict[Any, bool | None]) -> AttentionForward | None:
     """A forward for `module` if its class calls what moert has a kernel for.

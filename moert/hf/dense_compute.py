@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 from moert.hf.adapters import adapter_for
 from moert.hf.attention import attention_forward
+from moert.hf.decoder_layer import chain_layers, decoder_layer_forward
 from moert.hf.experts import OffloadedExperts
 from moert.hf.growing_cache import grow
 from moert.hf.norms import norm_forward
 from moert.hf.own_forward import Note, OwnForward, is_differentiated, is_recorded
 from moert.hf.routers import Linear, router_forward
+from moert.hf.self_attention import self_attention_forward
 from moert.kernels.cpu import HALVES, linear
 
 _taken: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = weakref.WeakKeyDictionary()
@@ -79,6 +81,15 @@ def take_over(model: nn.Module, wanted: bool | None, note: Note | None = None) -
         if forward is not None:
             module.forward = forward  # type: ignore[assignment]
             taken.append(weakref.ref(module))
+    if note is None:
+        for forward_for in (self_attention_forward, decoder_layer_forward):
+            for module in _outside_experts(model):
+                forward = forward_for(module)
+                if forward is not None:
+                    module.forward = forward
+                    taken.append(weakref.ref(module))
+        for module in _outside_experts(model):
+            chain_layers(module)
     _taken.setdefault(model, []).extend(taken)
     if isinstance(model, PreTrainedModel) and model not in _hooks:
         _hooks[model] = grow(model)

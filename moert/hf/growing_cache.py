@@ -48,8 +48,42 @@ class GrowingLayer(DynamicLayer):
             self._room = tuple(_with_room(old, n_rows) for old in (self.keys, self.values))
         for room, new in zip(self._room, (key_states, value_states), strict=True):
             room.narrow(2, before, after - before).copy_(new)
-        self._filled = after
-        self.keys, self.values = self._handed = (self._room[0].narrow(2, 0, after), self._room[1].narrow(2, 0, after))
+        return self._hand_out(after)
+
+    def room_for_token(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """Where the next token's key and value may be written, behind how many tokens; then call `token_written`.
+
+        Returns:
+            Two tensors [B, H, R, D] and T < R, or None: they are to be given to `update`, which makes room.
+        """
+        room, length = self._room, self._filled
+        if room is None or length >= room[0].shape[-2] or not _is_plain(room[0]):
+            return None
+        if "keys" in vars(self) and not (_is_plain(self.keys) and _is_plain(self.values) and self._is_whole(length)):
+            return None
+        if room[0].is_inference() and not torch.is_inference_mode_enabled():
+            return None
+        return room[0], room[1], length
+
+    def token_written(self) -> None:
+        """A token has been written where `room_for_token` said."""
+        self._filled += 1
+        # Made when somebody wants them: see `__getattr__`.
+        self._handed = None
+        for name in ("keys", "values"):
+            vars(self).pop(name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("keys", "values") and self._room is not None:
+            self._hand_out(self._filled)
+            return vars(self)[name]
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
+    def _hand_out(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._room is not None
+        self._filled = length
+        self._handed = (self._room[0].narrow(2, 0, length), self._room[1].narrow(2, 0, length))
+        self.keys, self.values = self._handed
         return self._handed
 
     def _is_whole(self, length: int) -> bool:
@@ -58,7 +92,7 @@ class GrowingLayer(DynamicLayer):
         if self._room[0].is_inference() and not torch.is_inference_mode_enabled():
             return False  # may not be written to here
         if self._handed is not None and self.keys is self._handed[0] and self.values is self._handed[1]:
-            return True
+            return self._filled == length
         return self._filled == length and all(
             old.data_ptr() == room.data_ptr()
             and old.shape == room[:, :, :length].shape
@@ -67,7 +101,8 @@ class GrowingLayer(DynamicLayer):
         )
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        state = {name: value for name, value in vars(self).items() if name not in ("_room", "_filled", "_handed")}
+        state = {"keys": self.keys, "values": self.values}
+        state |= {name: value for name, value in vars(self).items() if name not in ("_room", "_filled", "_handed")}
         for name in ("keys", "values"):
             if state.get(name) is not None:
                 state[name] = state[name].contiguous()

@@ -12,7 +12,7 @@ from torch import nn
 
 from moert.hf.own_forward import Note, OwnForward, is_differentiated, is_recorded
 from moert.kernels.cpu import HALVES
-from moert.kernels.norm import SCALES, rms_norm
+from moert.kernels.norm import SCALES, Norm, rms_norm
 
 # A rounding that goes the other way may move the next one.
 _ROUNDINGS = {"after_rounding": 2}
@@ -26,7 +26,8 @@ class NormForward(OwnForward):
         super().__init__(module, note)
         self._eps, self._scale = eps, scale
         self._forward = type(module).forward
-        self._settings = tuple(_settings(module).items())
+        self.settings = tuple(settings_of(module).items())
+        """What of the module's attributes this goes by."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the class's forward."""
@@ -43,16 +44,21 @@ class NormForward(OwnForward):
     def _compute(self, module: nn.Module, x: Any) -> torch.Tensor | None:
         if is_recorded() or type(x) is not torch.Tensor or torch.is_autocast_enabled("cpu"):
             return None
-        attributes = module.__dict__
+        norm = self.norm()
+        if norm is None or is_differentiated(x) or is_differentiated(norm.weight):
+            return None
+        return rms_norm(x, *norm)
+
+    def norm(self) -> Norm | None:
+        """What its module computes now; None: that is not known."""
+        attributes = self.module().__dict__
         weight = attributes["_parameters"].get("weight")
         if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:
             return None
-        for name, value in self._settings:
+        for name, value in self.settings:
             if attributes.get(name) is not value:
                 return None
-        if is_differentiated(x) or is_differentiated(weight):
-            return None
-        return rms_norm(x, weight, self._eps, self._scale)
+        return Norm(weight, self._eps, self._scale)
 
 
 def norm_forward(module: nn.Module, note: Note | None = None) -> NormForward | None:
@@ -85,26 +91,27 @@ def _only_parameter(module: nn.Module) -> torch.Tensor | None:
         or not weight.is_cpu
         or weight.dim() != 1
         or not weight.numel()
-        or not all(_is_plain(value) for value in _settings(module).values())
+        or not all(is_plain(value) for value in settings_of(module).values())
     ):
         return None
     return weight
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
+def settings_of(module: nn.Module) -> dict[str, Any]:
     """What the module holds beside what every module does."""
     return {
         name: value for name, value in vars(module).items() if name[0] != "_" and name not in ("training", "forward")
     }
 
 
-def _is_plain(value: Any) -> bool:
-    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)
+def is_plain(value: Any) -> bool:
+    """Whether a setting says all by its value."""
+    return all(map(is_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)
 
 
 def _search(module: nn.Module, width: int) -> tuple[float, str] | None:
     """Its eps, and where its weight comes in."""
-    numbers = [value for value in _settings(module).values() if isinstance(value, float)]
+    numbers = [value for value in settings_of(module).values() if isinstance(value, float)]
     weights = [_normal(width).to(dtype) for dtype in HALVES]
     runs = [(weight, x, _call(module, weight, x)) for weight in weights for x in _probe(width, weight.dtype, numbers)]
     for eps in dict.fromkeys(numbers):

@@ -38,15 +38,17 @@ class ReboundForward(OwnForward):
 
     def __init__(self, module: nn.Module, instead: dict[str, Any]) -> None:
         super().__init__(module)
+        self.instead = instead
         self._forward = type(module).forward
-        self._function = rebind(self._forward, instead)
+        self.function = rebind(self._forward, instead)
+        """The class's code with those values; takes the module first."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the class's forward."""
         module = self.module()
         forward = type(module).forward
         # What records shall meet functions that it knows.
-        function = forward if is_recorded() or forward is not self._forward else self._function
+        function = forward if is_recorded() or forward is not self._forward else self.function
         return function(module, *args, **kwargs)
 
 

@@ -103,6 +103,7 @@ class Recording:
             elif len(ids):
                 self._hold(Pending(Rows(1, None), None, None, None, True, copied([step])))
 
+        hook.only_looks = True  # type: ignore[attr-defined]  # see `MoeBlock.tell`
         return hook
 
     def _begin_forward(self, forward: Forward) -> None:

@@ -12,17 +12,21 @@ from moert.hf.rebinding import names_in
 from moert.kernels.cpu import HALVES
 from moert.kernels.rotary import rotate
 
-_NAME = "apply_rotary_pos_emb"
+NAME = "apply_rotary_pos_emb"
 
 
-class _Embedding:
+class Embedding:
     """The function (q, k, cos, sin) -> (q, k) that a module of Python code has under its name."""
 
     def __init__(self, names: dict[str, Any], tried: Callable[..., Any], whole: bool) -> None:
         self._names, self._tried, self._whole = names, tried, whole
 
+    def turns(self, n_angles: int, width: int) -> bool:
+        """Whether the kernel is what turns heads of `width` numbers by so many angles."""
+        return self._names[NAME] is self._tried and (n_angles == width or not self._whole)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        function = self._names[_NAME]
+        function = self._names[NAME]
         if len(args) == 4 and not kwargs and function is self._tried and all(map(_is_plain, args)):
             q, k, cos, sin = args
             if not torch.is_autocast_enabled("cpu"):
@@ -40,13 +44,13 @@ def rotary_embedding(forward: Any, known: dict[Any, bool | None]) -> dict[str, A
         known: what trying each function found; written to.
     """
     names = getattr(forward, "__globals__", {})
-    function = names.get(_NAME)
-    if function is None or _NAME not in names_in(forward):
+    function = names.get(NAME)
+    if function is None or NAME not in names_in(forward):
         return {}
     if function not in known:
         known[function] = _turns_whole_heads(function)
     whole = known[function]
-    return {} if whole is None else {_NAME: _Embedding(names, function, whole)}
+    return {} if whole is None else {NAME: Embedding(names, function, whole)}
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from moert.hf.forwards import Forward, ForwardWatch
 from moert.hf.model import offloaded_modules
-from moert.plugins import load_plugin
-from moert.predictors.base import Predictor, Router
+from moert.predictors._choice import make_predictor, read_predictor
+from moert.predictors.base import Model as PredictedModel
+from moert.predictors.base import Need, Predictor, Router
 from moert.runtime.layer import LayerSpec
 from moert.runtime.look_ahead import LookAhead
 from moert.runtime.runtime import OffloadRuntime
 
 _CORRECTIONS = ("e_score_correction_bias", "expert_bias")
 _HOOKS = "_moert_look_ahead_hooks"
+
+WITHOUT_ROUTERS = "joint"
+"""Predicts from the picks alone."""
 
 
 def find_routers(model: nn.Module, specs: Sequence[LayerSpec]) -> list[Router | None]:
@@ -64,28 +71,61 @@ def _vector(module: nn.Module, name: str, length: int) -> torch.Tensor | None:
 
 
 def look_ahead(model: nn.Module, runtime: OffloadRuntime) -> None:
-    """Have `runtime` prefetch what is likely to be needed, where experts are read from disk and routers are known.
+    """Have `runtime` prefetch what is likely to be needed, where experts are read from disk.
 
-    Hooks on the model's blocks tell it what they are given, until `look_no_more`.
+    Hooks on the model and its blocks tell the predictor what they are given, until `look_no_more`. A predictor that
+    needs routers where none is found makes room for `WITHOUT_ROUTERS`, which goes by the picks alone.
 
     Raises:
-        ConfigError: there is no such predictor.
+        ConfigError: there is no such predictor, or what it needs is not at hand.
     """
-    if runtime.config.predictor == "none":
+    text = runtime.config.predictor
+    if text == "none":
         return
-    kind = load_plugin("moert.predictors", runtime.config.predictor, Predictor)  # type: ignore[type-abstract]
+    kind, _ = read_predictor(text)
     if not runtime.reads:
         return
-    routers = find_routers(model, [layer.spec for layer in runtime.layers])
-    if all(router is None for router in routers):
-        return
-    runtime.look_ahead = LookAhead(kind(routers), runtime.layers, runtime.pipeline)
-    hooks = []
+    specs = [layer.spec for layer in runtime.layers]
+    routers = find_routers(model, specs)
+    at_hand = {Need.HIDDEN, Need.TOKEN_IDS}
+    if any(router is not None for router in routers):
+        at_hand.add(Need.ROUTERS)
+    elif Need.ROUTERS in kind.needs:
+        warnings.warn(
+            f"no router of this model is known, which predictor={text!r} needs: {WITHOUT_ROUTERS!r} predicts instead, "
+            "from what was chosen before",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        text = WITHOUT_ROUTERS
+    known = predicted_model(model, specs, routers)
+    predictor = make_predictor(text, known, at_hand, "in a live run")
+    runtime.look_ahead = LookAhead(predictor, runtime.layers, runtime.pipeline)
+    hooks: list[Any] = []
+    if any(getattr(type(predictor), name) is not getattr(Predictor, name) for name in ("begin_sequence", "begin_pass")):
+        hooks.append(ForwardWatch(model, functools.partial(_begin, runtime)))
     for path, module in offloaded_modules(model).items():
         block = _block_of(model, path)
-        if block is not None and routers[module.layer] is not None:
+        if block is not None and routers[module.layer] is not None and type(predictor).enter is not Predictor.enter:
             hooks.append(block.register_forward_pre_hook(_Enter(runtime, module.layer), with_kwargs=True))
     model.__dict__[_HOOKS] = hooks
+
+
+def predicted_model(
+    model: nn.Module, specs: Sequence[LayerSpec], routers: Sequence[Router | None] = ()
+) -> PredictedModel:
+    """What a predictor is told of `model`."""
+    from moert.hf.recorded_model import config_hash  # which imports what imports this
+
+    config = getattr(model, "config", None)
+    name = str(getattr(config, "_name_or_path", "") or "").rstrip("/").rpartition("/")[2]
+    return PredictedModel(
+        num_experts=tuple(spec.num_experts for spec in specs),
+        top_k=tuple(spec.top_k for spec in specs),
+        routers=tuple(routers),
+        name=name,
+        config_hash=config_hash(config),
+    )
 
 
 def look_no_more(model: nn.Module) -> None:
@@ -103,8 +143,21 @@ def _block_of(model: nn.Module, path: str) -> nn.Module | None:
     return None
 
 
+def _begin(runtime: OffloadRuntime, forward: Forward) -> None:
+    """A forward pass of the model begins: tell the predictor."""
+    if runtime.look_ahead is None or forward.shape is None:
+        return
+    if forward.is_new:
+        runtime.look_ahead.begin_sequence()
+    rows, columns = forward.shape
+    ids = None if forward.token_ids is None else forward.token_ids.detach().reshape(-1).cpu().numpy()
+    runtime.look_ahead.begin_pass(rows * columns, ids, rows)
+
+
 class _Enter:
     """Tells the runtime what a block is given, before it runs."""
+
+    only_looks = True
 
     def __init__(self, runtime: OffloadRuntime, layer: int) -> None:
         self._runtime = runtime

@@ -66,7 +66,8 @@ class _StandIn:
         return getattr(self._module, name)
 
 
-def _with_linear(forward: Any, linear: Linear) -> Callable[..., Any]:
+def with_linear(forward: Any, linear: Linear) -> Callable[..., Any]:
+    """The code of a router's class, in which `F.linear` is `linear`; takes the module first."""
     return rebind(forward, _replaced(forward, linear))
 
 
@@ -80,7 +81,7 @@ def _asks_for_own_product(module: nn.Module, shape: tuple[int, ...]) -> bool:
     try:
         copied: Any = copy.deepcopy(module).eval()
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            _with_linear(type(module).forward, watch)(
+            with_linear(type(module).forward, watch)(
                 copied, torch.zeros(shape, dtype=copied.weight.dtype, device="cpu")
             )
     except Exception:  # the class's own code may fail in any way

@@ -10,6 +10,7 @@ import torch
 
 from moert.formats import TensorSpec
 from moert.kernels.cpu_ffn import Expert
+from moert.kernels.token_layer import ExpertTable
 from moert.residency import Residency, Resize
 from moert.runtime.fused import FusedExperts
 from moert.runtime.records import Record, RecordSource
@@ -77,6 +78,7 @@ class LayerCache(ABC):
         self.residency = residency
         self.ids = tuple(ExpertId(spec.index, expert) for expert in range(spec.num_experts))
         self.stats = LayerStats(spec.name)
+        self._table: ExpertTable | None = None
 
     @abstractmethod
     def weights(self, expert: int) -> Weights:
@@ -95,6 +97,14 @@ class LayerCache(ABC):
     def fused_experts(self, experts: Sequence[ExpertId]) -> list[Expert]:
         """`fused_expert` of several."""
         return [self.fused_expert(expert.expert) for expert in experts]
+
+    def table(self) -> ExpertTable | None:
+        """All experts for the layer's fused kernels, as long as all are resident; valid until one is evicted."""
+        if self.spec.fused is None or len(self.residency) < self.spec.num_experts:
+            self._table = None
+        elif self._table is None:
+            self._table = ExpertTable(self.spec.fused.ffn, self.fused_experts(self.ids))
+        return self._table
 
     @abstractmethod
     def _can_submit(self) -> bool:
@@ -238,6 +248,7 @@ class SlotLayer(LayerCache):
         return self._source.record(self.spec.index, expert).read_bytes
 
     def _submit(self, expert: int, slot: int, priority: Priority) -> Fetch:
+        self._table = None
         record = self._source.record(self.spec.index, expert)
         if self._poison:
             self._bank.poison(slot)
@@ -280,6 +291,7 @@ class SlotLayer(LayerCache):
 
         Blocks while residents of the slots that go are copied into others; their weights are the same as before.
         """
+        self._table = None
         change = self.residency.resize(n_slots)
         waiting = list(change.moves)
         try:
@@ -300,6 +312,7 @@ class SlotLayer(LayerCache):
     def recover_slots(self, reader: DiskReader, *, keep: bool) -> None:
         """As `recover`, with as many slots as the bank has now, and another reader from now on."""
         self._reader = reader
+        self._table = None
         if not keep:
             self.residency.capacity = self._bank.n_slots
         self.recover(keep=keep)
@@ -316,4 +329,5 @@ class SlotLayer(LayerCache):
 
     def close(self) -> None:
         """Drop every view of the bank's memory."""
+        self._table = None
         self._slots = []

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from moert.predictors.base import Prediction, Predictor
+from moert.predictors.base import Ints, Prediction, Predictor
 from moert.runtime.layer import LayerCache
 from moert.runtime.pipeline import Pipeline
 from moert.trial import Trial
@@ -54,6 +54,7 @@ class LookAhead:
         self._missing: dict[int, dict[_Look, dict[ExpertId, int]]] = {}
         """Layer -> of each look, the experts expected there next that were not resident, and their ranks."""
         self._worths: dict[tuple[int, _Look], list[float]] = {}
+        self._observes = type(predictor).observe is not Predictor.observe
 
     def begin(self, layer: int, needed: Collection[ExpertId], n_tokens: int = 1) -> None:
         """A step of `layer` needs these experts: learn from it, and give up on the others that were expected."""
@@ -65,9 +66,27 @@ class LookAhead:
                 worths[rank] += SHARE * ((expert in needed) - worths[rank])
             self._pipeline.withdraw(expert for expert in missing if expert not in needed)
 
+    def begin_sequence(self) -> None:
+        """The passes from here on are of another sequence, or batch of them."""
+        self._predictor.begin_sequence()
+
+    def begin_pass(self, n_tokens: int, token_ids: Ints | None = None, rows: int = 1) -> None:
+        """A forward pass of T tokens begins; see `Predictor.begin_pass`."""
+        self._predictor.begin_pass(n_tokens, token_ids, rows)
+
+    def hint(self, token_ids: Ints) -> None:
+        """These tokens [n] are expected after those of this pass; see `Predictor.hint`."""
+        self._predictor.hint(token_ids)
+
+    def observe(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
+        """The tokens have chosen so, both [T, K] on the CPU; for predictors that learn from it."""
+        if self._observes and not self.rests(layer):
+            weights = top_k_weights.detach().float().numpy()
+            self._predictor.observe(layer, top_k_index.detach().numpy(), weights)
+
     def step(self, layer: int, hidden: torch.Tensor) -> None:
         """The experts of `layer` are given `hidden` [T, D]: ask for what later layers will need. Starts nothing."""
-        if self._is_idle(layer) and self._is_idle(min(layer + 1, len(self._layers) - 1)):
+        if self.rests(layer):
             return
         with torch.inference_mode():
             for prediction in self._predictor.step(layer, hidden):
@@ -93,6 +112,10 @@ class LookAhead:
             self._trial.note(now - self._last[1])
         self._last = (n_tokens, now)
 
+    def rests(self, layer: int) -> bool:
+        """Whether `step` would do nothing."""
+        return self._is_idle(layer) and self._is_idle(min(layer + 1, len(self._layers) - 1))
+
     def _is_idle(self, layer: int) -> bool:
         return not self._trial.is_on or self._is_complete(layer)
 
@@ -102,7 +125,7 @@ class LookAhead:
         return len(cache.residency) >= cache.spec.num_experts
 
     def _ask(self, look: _Look, prediction: Prediction, n_tokens: int) -> None:
-        layer, experts, ranks = prediction
+        layer, experts, ranks, _ = prediction
         if n_tokens > MOST_TOKENS or not experts:
             return
         residency = self._layers[layer].residency

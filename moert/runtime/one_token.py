@@ -1,4 +1,8 @@
-"""A step of one token whose experts are all resident: most of decoding, with little around the kernels."""
+"""A step of one token whose experts are all resident: most of decoding, with little around the kernels.
+
+Where every expert of a layer is resident, who is picked need not be known before the kernels run: then the whole layer
+is one call of theirs.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,50 @@ from time import perf_counter
 import torch
 
 from moert.errors import MoertError
+from moert.kernels.token_layer import LayerOutput, TokenLayer
 from moert.runtime.layer import LayerCache
 from moert.runtime.look_ahead import LookAhead
 from moert.runtime.pipeline import Pipeline
+
+TokenArguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
+"""As `TokenLayer.run` takes them."""
+
+
+def run_whole_layer(
+    layer: LayerCache,
+    kernel: TokenLayer,
+    arguments: TokenArguments,
+    pipeline: Pipeline,
+    look_ahead: LookAhead | None,
+    *,
+    check: bool,
+) -> LayerOutput | None:
+    """Run one token through a whole layer of the model.
+
+    Returns:
+        Without `output`, where somebody has to look first who was picked; None, and nothing has happened, where the
+        kernel is not for these tensors.
+    """
+    is_free = not check and can_run_whole(layer, pipeline, look_ahead)
+    found = kernel.run(*arguments, layer.table() if is_free else None)
+    if found is not None and found.output is not None:
+        count_whole(layer, found.ids, found.experts_s, look_ahead)
+    return found
+
+
+def can_run_whole(layer: LayerCache, pipeline: Pipeline, look_ahead: LookAhead | None) -> bool:
+    """Whether a step of one token needs nothing but its kernels, if all of the layer's experts are resident."""
+    return not pipeline.busy and (look_ahead is None or look_ahead.rests(layer.spec.index))
+
+
+def count_whole(layer: LayerCache, ids: torch.Tensor, experts_s: float, look_ahead: LookAhead | None) -> None:
+    """A token's picks [1, K] have been computed, all of them resident."""
+    event = [layer.ids[expert] for expert in sorted(ids.tolist()[0])]
+    layer.residency.hit(event)
+    layer.stats.hits += len(event)
+    layer.stats.compute_s += experts_s
+    if look_ahead is not None:
+        look_ahead.begin(layer.spec.index, event)
 
 
 def run_one_token(
@@ -50,6 +95,7 @@ def run_one_token(
         layer.stats.hits += len(event)
         if look_ahead is not None:
             look_ahead.begin(spec.index, event)
+            look_ahead.observe(spec.index, top_k_index, top_k_weights)
             look_ahead.step(spec.index, hidden)
         if pipeline.busy:
             pipeline.collect()

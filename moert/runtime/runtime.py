@@ -6,15 +6,16 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from moert.config import Budget, OffloadConfig
 from moert.errors import MoertError
+from moert.kernels.token_layer import ExpertTable, LayerOutput, TokenLayer
 from moert.plan import default_budget, plan_slots, shrink_slots
 from moert.pressure import describe
 from moert.runtime.compute import Compute, Scratch
@@ -22,6 +23,7 @@ from moert.runtime.device_layer import DeviceLayer, Forward
 from moert.runtime.host_tier import HostTier, Resized
 from moert.runtime.layer import LayerCache, SlotLayer
 from moert.runtime.look_ahead import LookAhead
+from moert.runtime.one_token import TokenArguments, can_run_whole, count_whole, run_whole_layer
 from moert.runtime.pace import Pace, Sums
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.records import RecordSource
@@ -33,6 +35,9 @@ from moert.tiers.depth import START_DEPTH
 from moert.tiers.disk import DiskReader, Priority
 from moert.tiers.memory import memory_report
 from moert.types import ExpertId
+
+if TYPE_CHECKING:
+    from moert.runtime.device_tier import DeviceTier
 
 MAX_BYTES_IN_FLIGHT = 1 << 30
 """Of a few huge experts it is not worth reading many at once."""
@@ -95,12 +100,26 @@ class OffloadRuntime:
         self._scratch = Scratch()
         self.look_ahead: LookAhead | None = None
         """Prefetches what the next layers are expected to need; None: nothing is predicted."""
+        self.device: DeviceTier | None = None
+        """The tier above host memory; `attach` sets it."""
         self._lock = threading.Lock()
         self._closed: str | None = None
         self._torn = False
         self._resizing = False
         self._read_s_before = 0.0
         self._read_s_at_reset = 0.0
+
+    def attach(self, device: DeviceTier) -> None:
+        """Run every step over a device from now on, and own it."""
+        assert self.device is None, "there is a device already"
+        self.device = device
+        self.look_ahead = None  # it would prefetch into host memory for steps that it is told nothing of
+
+    def slot_ranges(self) -> Iterator[tuple[int, int]]:
+        """(address, bytes) of the slots in host memory that are in use."""
+        for bank in self._tier.banks if self._tier is not None else ():
+            if bank.n_slots:
+                yield bank.address(0), bank.n_slots * bank.slot_bytes
 
     @_whole
     def run(
@@ -121,6 +140,8 @@ class OffloadRuntime:
             self._relieve()
         if layer == 0:
             self._pace.begin(len(hidden))
+        if self.device is not None:
+            return self.device.run(layer, compute, hidden, top_k_index, top_k_weights, scores)
         return run_step(
             self.layers[layer],
             compute,
@@ -133,6 +154,75 @@ class OffloadRuntime:
             scores=scores,
             check=self.config.debug,
         )
+
+    @_whole
+    def run_token(
+        self, layer: int, kernel: TokenLayer, arguments: TokenArguments, compute: Compute
+    ) -> LayerOutput | None:
+        """One token through a whole layer of the model, attention and all; the output is always there.
+
+        Returns:
+            None, and nothing has happened, where the kernel is not for these tensors.
+
+        Raises:
+            MoertError: the runtime has been closed.
+        """
+        if self._watch is not None:
+            self._relieve()
+        cache, check = self.layers[layer], self.config.debug
+        found = run_whole_layer(cache, kernel, arguments, self.pipeline, self.look_ahead, check=check)
+        if found is None:
+            return None
+        if layer == 0:
+            self._pace.begin(1)
+        if found.output is not None:
+            return found
+        output = run_step(
+            cache,
+            compute,
+            found.normed[0],
+            found.ids,
+            found.weights,
+            pipeline=self.pipeline,
+            scratch=self._scratch,
+            look_ahead=self.look_ahead,
+            check=check,
+        )
+        return found._replace(output=found.hidden + output)
+
+    @_whole
+    def run_ahead(self, layers: Sequence[int], run: Callable[[Sequence[ExpertTable]], R]) -> R | None:
+        """Call `run` with the experts of as many of these layers, from the first on, as need nothing but kernels for a
+        token: every expert is resident and nothing else to be done. Tell `note_ahead` of each layer that counts.
+
+        Returns:
+            None, and `run` is not called, if they are fewer than two.
+
+        Raises:
+            MoertError: the runtime has been closed.
+        """
+        if self._watch is not None:
+            self._relieve()
+        tables: list[ExpertTable] = []
+        for layer in layers:
+            cache = self.layers[layer]
+            is_free = not self.config.debug and can_run_whole(cache, self.pipeline, self.look_ahead)
+            table = cache.table() if is_free else None
+            if table is None:
+                break
+            tables.append(table)
+        return run(tables) if len(tables) > 1 else None
+
+    @_whole
+    def note_ahead(self, layer: int, ids: torch.Tensor, experts_s: float) -> None:
+        """A token's picks [1, K] in a layer that `run_ahead` ran, as its turn has come.
+
+        Raises:
+            MoertError: the runtime has been closed.
+        """
+        if layer == 0:
+            self._pace.begin(1)
+        count_whole(self.layers[layer], ids, experts_s, self.look_ahead)
 
     @_whole
     def run_on_device(
@@ -172,6 +262,8 @@ class OffloadRuntime:
         """
         for layer in self.layers:
             layer.residency.policy.begin_sequence()
+        if self.device is not None:
+            self.device.begin_sequence()
 
     @property
     def reads(self) -> bool:
@@ -186,6 +278,9 @@ class OffloadRuntime:
         Raises:
             MoertError: the runtime has been closed.
         """
+        if self.device is not None:
+            self.device.prefetch(experts)
+            return
         self.pipeline.prefetch(experts, priority)
         self.pipeline.pump()
 
@@ -196,6 +291,8 @@ class OffloadRuntime:
         Raises:
             MoertError: the runtime has been closed.
         """
+        if self.device is not None:
+            self.device.withdraw(experts)
         self.pipeline.withdraw(experts)
 
     @_whole
@@ -272,6 +369,8 @@ class OffloadRuntime:
         return self._resize(tier, slots)
 
     def _resize(self, tier: HostTier, slots: Sequence[int]) -> Resized:
+        if self.device is not None:
+            self.device.before_host_changes()
         self.pipeline.drain()
         self._resizing = True
         try:
@@ -279,6 +378,9 @@ class OffloadRuntime:
         except MoertError:
             self._resizing = False
             raise
+        finally:
+            if self.device is not None:
+                self.device.after_host_changes()
 
     def _resize_drained(self, tier: HostTier, slots: Sequence[int]) -> Resized:
         before, bytes_before = tier.slots, self._slot_bytes()
@@ -301,6 +403,8 @@ class OffloadRuntime:
 
         Blocks until no read is under way: a slot whose transfer was lost may still be written.
         """
+        if self.device is not None:
+            self.device.recover()
         if self._reader is not None:
             self._reader.close()
             self._read_s_before += self._reader.totals().read_s
@@ -316,6 +420,8 @@ class OffloadRuntime:
             else:
                 layer.recover(keep=True)
         self.pipeline.recover()
+        if self.device is not None:
+            self.device.after_host_changes()
         self._resizing = False
 
     def _relieve(self) -> None:
@@ -353,6 +459,8 @@ class OffloadRuntime:
         with self._lock:
             # All of it again if it has been closed before: that may have been interrupted.
             self._closed = self._closed or why
+            if self.device is not None:
+                self.device.close()  # it may be reading the slots
             if self._reader is not None:
                 self._reader.close()
             for layer in self.layers:

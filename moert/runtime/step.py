@@ -74,6 +74,8 @@ def run_step(
         kernels = OneByOne(layer, compute) if spec.fused is None else Fused(layer, spec.fused, scratch)
         if scores is not None:
             layer.residency.policy.observe_scores(spec.index, scores)
+        if look_ahead is not None:
+            look_ahead.observe(spec.index, top_k_index, top_k_weights)
         step = _Step(layer, kernels, hidden, out, real, pipeline, look_ahead)
         try:
             step.run()

@@ -1,0 +1,182 @@
+"""One token through a whole attention on the CPU, in one call: what decoding does between two layers of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from moert import _C
+from moert.kernels.cpu_matrix import NUMBERS, Matrix
+from moert.kernels.norm import Norm
+
+_Projection = tuple[object, int | None]
+
+
+class Projections(NamedTuple):
+    """Weights [N, K] and biases [N] of an attention: [H * W, D], [G * W, D] twice, and [D, H * W]."""
+
+    q: tuple[torch.Tensor, torch.Tensor | None]
+    k: tuple[torch.Tensor, torch.Tensor | None]
+    v: tuple[torch.Tensor, torch.Tensor | None]
+    o: tuple[torch.Tensor, torch.Tensor | None]
+
+
+class SelfAttention:
+    """An attention of H query heads that share G heads of keys and values, W numbers each.
+
+    A token through it gives the very bits that `linear`, `rms_norm`, `rotate` and `attend` give one after the other.
+    Weights are read where they are, and kept alive.
+    """
+
+    def __init__(
+        self,
+        projections: Projections,
+        width: int,
+        scale: float,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
+        *,
+        before: Norm | None = None,
+        after: Norm | None = None,
+    ) -> None:
+        """`before` is applied to what comes in; `after` to that (as it was) plus what the attention gives.
+
+        Args:
+            width: W.
+            scale: what scores are multiplied with.
+            q_norm, k_norm: of each head, or of all of a token's heads together, before the rotary embedding.
+
+        Raises:
+            ValueError: tensors that are not of one 16-bit type, contiguous and on the CPU, or shapes that do not fit.
+        """
+        weights = [weight for weight, _ in projections]
+        biases = [bias for _, bias in projections]
+        norms = [q_norm, k_norm, before, after]
+        self.dtype = weights[0].dtype
+        self.hidden = weights[0].shape[-1]
+        self.kv_heads, self.width = weights[1].shape[0] // width, width
+        vectors = [*biases, *(norm.weight for norm in norms if norm is not None)]
+        for tensor in (*weights, *(vector for vector in vectors if vector is not None)):
+            if tensor.dtype is not self.dtype or not tensor.is_cpu or not tensor.is_contiguous():
+                raise ValueError(f"all of an attention must be contiguous {self.dtype} on the CPU, not {tensor.dtype}")
+        for weight, bias in projections:
+            if bias is not None and bias.shape != weight.shape[:1]:
+                raise ValueError(f"a bias {list(bias.shape)} does not fit a weight {list(weight.shape)}")
+        self._given = (projections, width, scale, q_norm, k_norm)
+        self._kept = vectors
+        self._number = NUMBERS[self.dtype]
+        matrices = [Matrix("plain", weight) for weight in weights]
+        # The matrices are copied; what they point to is kept.
+        self.capsule = _C.self_attention(
+            self._number,
+            (self.hidden, weights[0].shape[0] // width, self.kv_heads, width),
+            scale,
+            _projections(matrices, biases),
+            tuple(None if norm is None else _arguments(norm) for norm in norms),
+        )
+        self._is_followed = after is not None
+
+    def between(self, before: Norm, after: Norm) -> SelfAttention:
+        """The same attention with norms before and after it.
+
+        Raises:
+            ValueError: they are not of its type and size.
+        """
+        return SelfAttention(*self._given, before=before, after=after)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tokens: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """One token of one sequence. Its key and value are written behind those of the `tokens` before it. Blocks.
+
+        Args:
+            x: [..., D] of D numbers.
+            cos, sin: [..., R] of R numbers each, R even and at most W: the first R of each head are turned.
+            keys, values: [1, G, T, W] with T > `tokens`.
+
+        Returns:
+            Like `x`: what the attention gives, and None; with a norm `after`, the sum of that and `x`, and its norm.
+            None, and nothing is written, where the kernel is not for these tensors: other than plain, on the CPU and
+            in the weights' dtype, numbers that do not follow one another, and shapes that are not these.
+        """
+        y = torch.empty_like(x)
+        normed = torch.empty_like(x) if self._is_followed else None
+        arguments = self.arguments(x, cos, sin, keys, values, tokens, y, normed)
+        if arguments is None:
+            return None
+        _C.attend_token(self.capsule, arguments)
+        return y, normed
+
+    def arguments(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tokens: int,
+        y: torch.Tensor,
+        normed: torch.Tensor | None,
+    ) -> tuple[Any, ...] | None:
+        """What the extension takes of a token: see `run`; None where the kernel is not for these tensors.
+
+        `y` and `normed` are new memory like `x`.
+        """
+        dtype, turned = self.dtype, cos.numel()
+        if (
+            x.dtype is not dtype
+            or x.shape[-1] != self.hidden
+            or x.numel() != self.hidden
+            or not (x.is_contiguous() and x.is_cpu)
+            or not (cos.dtype is sin.dtype is dtype)
+            or not (cos.is_contiguous() and sin.is_contiguous() and cos.is_cpu and sin.is_cpu)
+            or not turned == cos.shape[-1] == sin.shape[-1] == sin.numel()
+            or turned % 2
+            or not 0 < turned <= self.width
+            or not (self._has_room(keys, tokens) and self._has_room(values, tokens))
+        ):
+            return None
+        k_steps, v_steps = keys.stride(), values.stride()
+        return (
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            turned,
+            (keys.data_ptr(), k_steps[1], k_steps[2]),
+            (values.data_ptr(), v_steps[1], v_steps[2]),
+            tokens,
+            y.data_ptr(),
+            None if normed is None else normed.data_ptr(),
+        )
+
+    def _has_room(self, room: torch.Tensor, tokens: int) -> bool:
+        shape = room.shape
+        return (
+            room.dtype is self.dtype
+            and room.is_cpu
+            and len(shape) == 4
+            and shape[0] == 1
+            and shape[1] == self.kv_heads
+            and shape[2] > tokens
+            and shape[3] == self.width
+            and room.stride(3) == 1
+        )
+
+
+def _projections(matrices: Sequence[Matrix], biases: Sequence[torch.Tensor | None]) -> tuple[_Projection, ...]:
+    return tuple(
+        (matrix.capsule, None if bias is None else bias.data_ptr())
+        for matrix, bias in zip(matrices, biases, strict=True)
+    )
+
+
+def _arguments(norm: Norm) -> tuple[str, float, int, int]:
+    return norm.scale, norm.eps, norm.weight.shape[0], norm.weight.data_ptr()

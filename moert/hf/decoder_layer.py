@@ -1,0 +1,261 @@
+"""Layers that add an attention and then experts to what goes through them: single tokens in one call of moert's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from moert.hf.layer_chain import LayerChain
+from moert.hf.moe_block import MoeBlock, find_block
+from moert.hf.norms import NormForward
+from moert.hf.own_forward import OwnForward
+from moert.hf.self_attention import SelfAttentionForward, Token
+from moert.hf.unchanged import Unchanged
+from moert.kernels.self_attention import SelfAttention
+from moert.kernels.token_layer import TokenLayer
+from moert.runtime.runtime import OffloadRuntime
+
+_MAGNITUDES = (1.0, 1e3)
+_PASSED_ON = ("attention_mask", "position_embeddings", "past_key_values", "position_ids", "use_cache")
+
+
+class DecoderLayerForward(OwnForward):
+    """Stands in a layer's own `forward`: h = x + attention(norm(x)), and then h + rest(norm(h))."""
+
+    def __init__(self, module: Any, before: str, attention: str, after: str, rest: str) -> None:
+        super().__init__(module)
+        self._forward = type(module).forward
+        self._attention, self._rest = attention, rest
+        self._around: Unchanged | None = Unchanged()
+        self._around.add_ways(module)
+        for name in (before, attention, after):
+            self._around.add(module, name)
+        norms = [vars(module._modules[name])["forward"].norm() for name in (before, after)]
+        inner: SelfAttentionForward = vars(module._modules[attention])["forward"]
+        assert inner.token is not None
+        self._between: SelfAttention | None = inner.token.attention.between(*norms)
+        self._whole = Whole.of(module, rest, self._between)
+        self.chain: LayerChain | None = None
+        """The layers that it is one of, if they follow one another, and at which place."""
+        self.place = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class's forward."""
+        module = self.module()
+        if len(args) == 1 and type(module).forward is self._forward:
+            output = self._run(module, args[0], kwargs)
+            if output is not None:
+                return output
+        return type(module).forward(module, *args, **kwargs)
+
+    def _run(self, module: nn.Module, x: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
+        """As for the whole layer; None, and nothing has happened, if it is not a single token's."""
+        if self.chain is not None:
+            output = self.chain.run(self.place, x, arguments)
+            if output is not None:
+                return output
+        token = self._take(module, x, arguments)
+        if token is None:
+            return None
+        whole = self._whole
+        if whole is not None and whole.is_free():
+            return whole.run(token)
+        assert self._between is not None
+        found = self._between.run(*token.arguments)
+        if found is None:
+            return None
+        token.layer.token_written()
+        hidden, normed = found
+        rest: Any = module._modules[self._rest]
+        added: torch.Tensor = hidden + rest(normed)
+        return added
+
+    def take(
+        self, module: nn.Module, x: Any, arguments: dict[str, Any], before: Token | None
+    ) -> tuple[Whole, Token] | None:
+        """The token `x` for the layer as a whole, see `TokenAttention.take`; None if it cannot be run so."""
+        whole = self._whole
+        if whole is None or not whole.is_free() or type(module).forward is not self._forward:
+            return None
+        token = self._take(module, x, arguments, before)
+        return None if token is None else (whole, token)
+
+    def _take(self, module: nn.Module, x: Any, arguments: dict[str, Any], before: Token | None = None) -> Token | None:
+        around = self._around
+        if around is None or not around.holds:
+            if around is not None and around.is_gone:
+                self._forget()
+            return None
+        attention: Any = module._modules[self._attention]
+        token: Token | None = vars(attention)["forward"].take(attention, x, arguments, before)
+        return token
+
+    def _forget(self) -> None:
+        self._around = self._between = self._whole = self.chain = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        mine = super().__deepcopy__(memo)
+        if mine is not self:
+            mine._forget()  # they read the weights of this one's module
+        return mine
+
+
+class Whole:
+    """A layer whose rest is a router and its experts."""
+
+    def __init__(self, parts: Unchanged, block: MoeBlock, layer: TokenLayer, runtime: OffloadRuntime) -> None:
+        self._parts, self._block, self.layer, self.runtime = parts, block, layer, runtime
+        self.index = block.experts.layer
+
+    @classmethod
+    def of(cls, module: nn.Module, rest: str, attention: SelfAttention) -> Whole | None:
+        """What `module` is, if its child `rest` is such a block whose experts moert's kernels compute."""
+        inner = module._modules[rest]
+        block = None if inner is None else find_block(inner)
+        runtime = None if block is None else block.experts.runtime
+        if inner is None or block is None or runtime is None:
+            return None
+        fused = runtime.layers[block.experts.layer].spec.fused
+        if fused is None:
+            return None
+        parts = Unchanged()
+        parts.add(module, rest)
+        block.note(parts, inner)
+        try:
+            layer = TokenLayer(attention, block.router.router, fused.ffn)
+        except ValueError:
+            return None
+        return cls(parts, block, layer, runtime)
+
+    def is_free(self) -> bool:
+        """Whether it is still so, and nobody has to be asked in between."""
+        experts = self._block.experts
+        return (
+            self._parts.holds and experts.runtime is self.runtime and experts.scores is None and self._block.are_told()
+        )
+
+    def tell(self, normed: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """The experts were given that, [1, 1, D] and [1, K]: tell who looks at it."""
+        self._block.tell(normed[0], ids, weights)
+
+    def run(self, token: Token) -> torch.Tensor | None:
+        """The layer's output for it; None, and nothing has happened, where the kernel is not for it."""
+        compute = self._block.experts.adapter.compute
+        found = self.runtime.run_token(self.index, self.layer, token.arguments, compute)
+        if found is None:
+            return None
+        token.layer.token_written()
+        self.tell(found.normed, found.ids, found.weights)
+        return found.output
+
+
+def decoder_layer_forward(module: Any) -> DecoderLayerForward | None:
+    """A forward for `module`, if its class's code does with its children what `DecoderLayerForward` does.
+
+    The code is called with stand-ins for the children, which note what they are given. The module is left as it is.
+    """
+    if "forward" in vars(module):
+        return None
+    children = {name: child for name, child in module._modules.items() if child is not None}
+    own = {name: vars(child).get("forward") for name, child in children.items()}
+    norms = [name for name, forward in own.items() if isinstance(forward, NormForward)]
+    attentions = [name for name, forward in own.items() if isinstance(forward, SelfAttentionForward)]
+    if len(norms) != 2 or len(attentions) != 1:
+        return None
+    token = own[attentions[0]].token
+    try:
+        with torch.no_grad():
+            orders = [_order(module, attentions[0], token.attention, size) for size in _MAGNITUDES]
+    except Exception:  # the class's own code may fail in any way
+        return None
+    order = orders[0]
+    if order is None or any(other != order for other in orders) or {order[0], order[2]} != set(norms):
+        return None
+    return DecoderLayerForward(module, *order)
+
+
+class _StandIn(nn.Module):
+    """Gives what it is told to, and notes what it is given."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+        self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.given.append((args, kwargs))
+        return self.output
+
+
+def _order(
+    module: nn.Module, attention: str, kernel: SelfAttention, magnitude: float
+) -> tuple[str, str, str, str] | None:
+    """The children in the order in which they are called, if what they are given is what it should be."""
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def normal() -> torch.Tensor:
+        numbers = torch.randn((1, 1, kernel.hidden), generator=generator, dtype=torch.float32, device="cpu")
+        return (numbers * magnitude).to(kernel.dtype)
+
+    x, names = normal(), list(module._modules)
+    outputs = {name: normal() for name in names}
+    kept = {name: output.clone() for name, output in outputs.items()}
+    stand_ins = {name: _StandIn((outputs[name], None) if name == attention else outputs[name]) for name in names}
+    stand_in = copy.copy(module)
+    stand_in.training = False
+    vars(stand_in)["_modules"] = stand_ins
+    passed: dict[str, Any] = {name: object() for name in _PASSED_ON}
+    mine = x.clone()
+    output = type(module).forward(stand_in, mine, **passed)
+    called = [name for name in names if stand_ins[name].given]
+    if len(called) != 4 or any(len(stand_ins[name].given) != 1 for name in called):
+        return None
+    inputs: dict[str, Any] = {}
+    for name in called:
+        args, kwargs = stand_ins[name].given[0]
+        if name == attention:
+            inputs[name] = kwargs.pop("hidden_states", None)
+            if args or kwargs.keys() != passed.keys() or any(kwargs[key] is not passed[key] for key in passed):
+                return None
+        elif len(args) != 1 or kwargs:
+            return None
+        else:
+            inputs[name] = args[0]
+    before = next((name for name in called if inputs[attention] is outputs[name]), None)
+    rest = next(
+        (name for name in called if any(inputs[name] is outputs[other] for other in called) and name != attention), None
+    )
+    after = None if rest is None else next(name for name in called if inputs[rest] is outputs[name])
+    if before is None or rest is None or after is None or len({before, attention, after, rest}) != 4:
+        return None
+    sums = x + kept[attention]
+    is_it = (
+        _same(inputs[before], x)
+        and _same(inputs[after], sums)
+        and _same(output, sums + kept[rest])
+        and _same(mine, x)
+        and all(_same(outputs[name], kept[name]) for name in called)
+    )
+    return (before, attention, after, rest) if is_it else None
+
+
+def _same(a: Any, b: torch.Tensor) -> bool:
+    return type(a) is torch.Tensor and a.dtype is b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+def chain_layers(layers: nn.Module) -> None:
+    """Have the layers of a list run in one call, if all of each is known to its `DecoderLayerForward`, and alike."""
+    if not isinstance(layers, nn.ModuleList) or len(layers) < 2:
+        return
+    forwards = [vars(module).get("forward") for module in layers]
+    wholes = [forward._whole if isinstance(forward, DecoderLayerForward) else None for forward in forwards]
+    kinds = {None if w is None else (w.layer.top_k, w.layer.attention.hidden, w.layer.attention.dtype) for w in wholes}
+    if len(kinds) != 1 or None in kinds:
+        return
+    chain = LayerChain(layers, [forward for forward in forwards if isinstance(forward, DecoderLayerForward)])
+    for place, forward in enumerate(forwards):
+        assert isinstance(forward, DecoderLayerForward)
+        forward.chain, forward.place = chain, place

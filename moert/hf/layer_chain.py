@@ -1,0 +1,135 @@
+"""Layers that follow one another: a token through all of them in one call, as soon as the first one is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from moert import _C
+from moert.hf.self_attention import Token
+from moert.kernels.token_layer import LayersOutput, run_layers
+
+if TYPE_CHECKING:
+    from moert.hf.decoder_layer import DecoderLayerForward, Whole
+
+
+class LayerChain:
+    """The layers of a list, in its order.
+
+    What the later ones give is worked out together with the first, and handed out when they are called with just what
+    was expected. Only then does it count, and are its keys and values in the cache; else it is forgotten. Nothing runs
+    between two layers but Python code of the model, and that takes several times as long where a layer's weights have
+    driven it out of the processor's caches.
+    """
+
+    def __init__(self, layers: nn.ModuleList, forwards: Sequence[DecoderLayerForward]) -> None:
+        """`forwards` are those of all the list's modules, in order."""
+        self._children = layers._modules
+        self._names = list(layers._modules)
+        self._forwards = forwards
+        self._ahead: _Ahead | None = None
+
+    def run(self, place: int, x: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
+        """What the layer at `place` gives; None, and nothing has happened, if it has to be called on its own.
+
+        Args:
+            x, arguments: what the layer is called with, the others by name.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or not ahead.expects(place, x, arguments):
+            ahead = self._begin(place, x, arguments)
+        if ahead is None:
+            return None
+        output = ahead.take()
+        if ahead.is_more:
+            self._ahead = ahead
+        return output
+
+    def _begin(self, place: int, x: Any, arguments: dict[str, Any]) -> _Ahead | None:
+        wholes: list[Whole] = []
+        tokens: list[Token] = []
+        for at in range(place, len(self._names)):
+            forward = self._forwards[at]
+            module = self._children.get(self._names[at])
+            if module is None or vars(module).get("forward") is not forward or (at > place and _is_hooked(module)):
+                break
+            found = forward.take(module, x, arguments, tokens[0] if tokens else None)
+            if found is None or (wholes and found[0].runtime is not wholes[0].runtime):
+                break
+            wholes.append(found[0])
+            tokens.append(found[1])
+        if len(wholes) < 2:
+            return None
+        cos, sin = tokens[0].arguments[1:3]
+        layers, places = [whole.layer for whole in wholes], [token.arguments[3:] for token in tokens]
+        runtime = wholes[0].runtime
+        output = runtime.run_ahead(
+            [whole.index for whole in wholes],
+            lambda tables: run_layers(layers[: len(tables)], x, cos, sin, places[: len(tables)], tables),
+        )
+        if output is None or not output.experts_s:
+            return None
+        return _Ahead(place, wholes, tokens, output, arguments)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether somebody may change what a layer is given or gives, or do anything at all in between."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return not all(getattr(hook, "only_looks", False) for hook in hooks)
+
+
+class _Ahead:
+    """What layers give that are still to be called."""
+
+    def __init__(
+        self, first: int, wholes: list[Whole], tokens: list[Token], output: LayersOutput, arguments: dict[str, Any]
+    ) -> None:
+        self._first, self._wholes, self._tokens, self._output = first, wholes, tokens, output
+        self._angles, self._cache = arguments["position_embeddings"], arguments["past_key_values"]
+        self._names = arguments.keys()
+        # The model may write to what it is given.
+        self._handed = output.outputs.clone().unbind(0)
+        self._ids = output.ids.unbind(0)
+        self._taken = 0
+
+    @property
+    def is_more(self) -> bool:
+        return self._taken < len(self._output.experts_s)
+
+    def expects(self, place: int, x: Any, arguments: dict[str, Any]) -> bool:
+        """Whether the layer at `place` is the next, and called with what was expected."""
+        if (
+            place != self._first + self._taken
+            or arguments.get("position_embeddings") is not self._angles
+            or arguments.get("past_key_values") is not self._cache
+            or arguments.get("attention_mask") is not None
+            or arguments.keys() != self._names
+            or type(x) is not torch.Tensor
+        ):
+            return False
+        outputs = self._output.outputs
+        return (
+            x.shape == outputs.shape[1:]
+            and x.dtype is outputs.dtype
+            and x.is_cpu
+            and x.is_contiguous()
+            and not x.requires_grad
+            and _C.same_bytes(
+                x.data_ptr(),
+                outputs.data_ptr() + (self._taken - 1) * x.numel() * x.element_size(),
+                x.numel() * x.element_size(),
+            )
+        )
+
+    def take(self) -> torch.Tensor:
+        """What the next one gives."""
+        at = self._taken
+        self._taken += 1
+        whole, ids = self._wholes[at], self._ids[at]
+        whole.runtime.note_ahead(whole.index, ids, self._output.experts_s[at])
+        self._tokens[at].layer.token_written()
+        whole.tell(self._output.normed[at], ids, self._output.weights[at])
+        return self._handed[at]
