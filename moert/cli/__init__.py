@@ -66,10 +66,12 @@ def make_app() -> typer.Typer:
     from moert.cli.pack import pack
     from moert.cli.plan import plan
     from moert.cli.policies import policies
+    from moert.cli.predict import predict
     from moert.cli.run import run
     from moert.cli.simulate import simulate
     from moert.cli.suit import suit
     from moert.cli.trace import app as trace
+    from moert.cli.train_predictor import train_predictor
     from moert.cli.verify import verify
 
     app = typer.Typer(
@@ -88,8 +90,8 @@ def make_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for command in (run, plan, pack, verify, simulate, suit, policies, doctor, demo):
-        app.command()(command)
+    for command in (run, plan, pack, verify, simulate, suit, predict, train_predictor, policies, doctor, demo):
+        app.command(command.__name__.replace("_", "-"))(command)
     app.add_typer(trace, name="trace")
     return app
 
