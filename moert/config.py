@@ -94,7 +94,7 @@ class OffloadConfig:
     follow: "ema,alpha=0.05"."""
     predictor: str = "gate_ahead_corrected"
     """What guesses at the experts that the next layers will need, so that they are read before anybody waits: the name
-    of a file in `predictors`, "package.module:Class", or "none"."""
+    of a file in `predictors`, "package.module:Class", or "none". Parameters follow: "joint,speed=0.05"."""
     io_depth: int | None = None
     """Reads in flight at once, of each disk. None: starts with 4 and goes where the disk gains, measured in use."""
     direct_io: bool = True
@@ -144,6 +144,11 @@ class OffloadConfig:
     def host_budget(self) -> Budget | None:
         """`host_memory`, parsed."""
         return None if self.host_memory is None else parse_budget(self.host_memory, "host_memory")
+
+    @property
+    def device_budget(self) -> Budget | None:
+        """`device_memory`, parsed."""
+        return None if self.device_memory is None else parse_budget(self.device_memory, "device_memory")
 
     def to_dict(self) -> dict[str, Any]:
         """All options by name, as HuggingFace configurations want them."""

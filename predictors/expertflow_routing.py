@@ -21,8 +21,8 @@ MOST_TOKENS = 512
 class ExpertFlowRouting(Predictor):
     """The decoder of ExpertFlow's routing-path predictor (He et al., arXiv 2410.17954), told routing in place of ids.
 
-    For where token ids are not at hand, in a recording or live. A token is the sum of the embeddings of all experts that
-    it has chosen, and the decoder says of every expert of every layer whether the *next* token will choose it: the
+    For where token ids are not at hand, in a recording or live. A token is the sum of the embeddings of all experts
+    that it has chosen, and the decoder says of every expert of every layer whether the *next* token will choose it: the
     answer for a whole token is there when the token before has left the last layer. As published: the decoder in T5's
     shape, a linear head a layer, the binary cross-entropy. Changed: what it reads, that there is no encoder, as a
     prompt's tokens are read like others, and what `expertflow` changes.

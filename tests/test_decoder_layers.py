@@ -476,7 +476,6 @@ def test_a_failing_step_can_be_run_again(zoo: Zoo, monkeypatch: pytest.MonkeyPat
             raise MemoryError
 
         for holder, name in ((layer_chain, "run_layers"), (TokenLayer, "run")):
-            right = getattr(holder, name)
             with monkeypatch.context() as patch:
                 patch.setattr(holder, name, fail)
                 if name == "run":

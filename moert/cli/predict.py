@@ -16,9 +16,8 @@ from moert.cli.opening import open_tokenizer, opened
 from moert.cli.options import Json, LoadOptions, resolve_model, with_load_options
 from moert.cli.output import bar, print_json, stdout
 from moert.cli.prediction_tables import print_results
-from moert.cli.suit import _TRACE_SUFFIXES
 from moert.cli.trace_record import read_prompts
-from moert.cli.traces import EXPERTS_HELP, check_output, names_of, open_trace, put_output
+from moert.cli.traces import EXPERTS_HELP, TRACE_SUFFIXES, check_output, names_of, open_trace, put_output
 from moert.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -160,7 +159,7 @@ def _open(
     paths = [Path(source).expanduser() for source in sources]
     are_traces = [path.is_file() or (path.is_dir() and not (path / "config.json").is_file()) for path in paths]
     for source, path, is_trace in zip(sources, paths, are_traces, strict=True):
-        if not is_trace and path.suffix in _TRACE_SUFFIXES:
+        if not is_trace and path.suffix in TRACE_SUFFIXES:
             raise ConfigError(f"{source!r} does not exist; give a trace, or a model")
     if prompts is not None and all(are_traces):
         raise ConfigError("--prompts is for a model, and these are traces: leave it out")

@@ -10,7 +10,7 @@ from typing import Any
 from moert.cli.opening import open_tokenizer, opened
 from moert.cli.options import LoadOptions, resolve_model
 from moert.cli.output import bar
-from moert.cli.trace_record import _encode, read_prompts
+from moert.cli.trace_record import encode_prompt, read_prompts
 from moert.errors import ConfigError
 
 TRACE_FILE, HIDDEN_FILE = "trace.safetensors", "hidden.safetensors"
@@ -40,7 +40,7 @@ def record_texts(
     entries = read_prompts(prompts)
     name = resolve_model(model)
     tokenizer = open_tokenizer(name, options)
-    texts = [_encode(tokenizer, entry, teacher_forced=not max_new_tokens)[:max_tokens] for entry in entries]
+    texts = [encode_prompt(tokenizer, entry, teacher_forced=not max_new_tokens)[:max_tokens] for entry in entries]
     from moert.hf.recorded_hidden import record_hidden
     from moert.hf.recording import record
     from moert.trace.file import TraceFile

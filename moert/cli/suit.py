@@ -16,15 +16,12 @@ from moert.cli.opening import open_tokenizer, opened
 from moert.cli.options import Json, LoadOptions, resolve_model, with_load_options
 from moert.cli.output import bar, facts, percent, print_json, stdout
 from moert.cli.trace_record import read_prompts
-from moert.cli.traces import EXPERTS_HELP, check_output, open_trace, put_output
+from moert.cli.traces import EXPERTS_HELP, TRACE_SUFFIXES, check_output, open_trace, put_output
 from moert.config import format_bytes, parse_budget
 from moert.errors import ConfigError
 
 if TYPE_CHECKING:
     from moert.trace import TraceLike
-
-_TRACE_SUFFIXES = (".safetensors", ".npz", ".npy", ".pt", ".csv", ".json", ".jsonl")
-"""A name that ends so is meant as a file, and not looked for on the hub."""
 
 
 @with_load_options(only=["host_memory"])
@@ -136,7 +133,7 @@ def _open(
         if prompts is not None:
             raise ConfigError(f"--prompts is for a model, and {source!r} is a trace: leave it out")
         return open_trace(stack, path, experts)
-    if path.suffix in _TRACE_SUFFIXES:
+    if path.suffix in TRACE_SUFFIXES:
         raise ConfigError(f"{source!r} does not exist; give a trace, or a model")
     if experts is not None:
         raise ConfigError(f"--experts is for files that do not say it, and {source!r} is a model: leave it out")

@@ -63,7 +63,7 @@ def record(
     entries = read_prompts(prompts)
     name = resolve_model(model)
     tokenizer = open_tokenizer(name, options)
-    texts = [_encode(tokenizer, entry, teacher_forced=teacher_forced) for entry in entries]
+    texts = [encode_prompt(tokenizer, entry, teacher_forced=teacher_forced) for entry in entries]
     from moert.hf.recording import record as recorded
     from moert.hf.text import pad_token_id
 
@@ -137,7 +137,8 @@ def _entry(path: Path, number: int, line: str) -> Prompt:
     return Prompt(name, text)
 
 
-def _encode(tokenizer: Any, prompt: Prompt, *, teacher_forced: bool) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: Prompt, *, teacher_forced: bool) -> list[int]:
+    """The prompt's token ids, ready to be answered; with `teacher_forced` the whole text, which nobody answers."""
     if prompt.messages is None:
         ids = tokenizer(prompt.text)["input_ids"]
     else:

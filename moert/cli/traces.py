@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from moert.trace import TraceLike
 
 TRACE_HELP = "A trace that `moert trace record` made, or any file that `moert trace import` reads."
+TRACE_SUFFIXES = (".safetensors", ".npz", ".npy", ".pt", ".csv", ".json", ".jsonl")
+"""What a path that is not there must end with to have been meant as a trace, and not as a model."""
+
 EXPERTS_HELP = "Experts of each layer, for files that do not say it."
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from moert.cli.options import MODEL_HELP, Json, LoadOptions, with_load_options
 from moert.cli.output import bar, facts, percent, print_json, seconds, stdout
 from moert.cli.recorded_texts import HIDDEN_FILE, TRACE_FILE, record_texts
-from moert.cli.traces import EXPERTS_HELP, TRACE_HELP, check_output, names_of, open_trace, put_output
+from moert.cli.traces import EXPERTS_HELP, TRACE_HELP, TRACE_SUFFIXES, check_output, names_of, open_trace, put_output
 from moert.config import format_bytes
 from moert.errors import ConfigError
 from moert.plugins import available
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 SOURCE_HELP = f"Traces of one model, or a model, which then runs over --prompts. {TRACE_HELP} {MODEL_HELP}"
 PREDICTOR_HELP = f"What to train: {', '.join(available('moert.training.recipes'))}. E.g. expertflow,depth=4."
-_TRACE_SUFFIXES = (".safetensors", ".npz", ".npy", ".pt", ".csv", ".json", ".jsonl")
 
 
 @with_load_options(only=["host_memory", "device_memory"])
@@ -172,7 +171,7 @@ def _model_of(sources: Sequence[str]) -> str | None:
         path = Path(source).expanduser()
         if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
             continue
-        if path.suffix in _TRACE_SUFFIXES:
+        if path.suffix in TRACE_SUFFIXES:
             raise ConfigError(f"{source!r} does not exist; give a trace, or a model")
         models.append(source)
     if models and len(sources) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from moert.config import OffloadConfig
+from moert.device.base import Device
 from moert.errors import ConfigError, CorruptFileError, MoertError, UnsupportedModelError
 from moert.hf import quantizer
+from moert.hf.device_tiered import put_on_device
+from moert.hf.model import close, runtime_of
 from moert.runtime.preload import Progress
 from moert.tiers.safetensors_file import read_entries, read_index
 
@@ -39,8 +42,15 @@ _CONFIG_KWARGS = (
 )
 
 
-def load(path_or_id: str | os.PathLike[str], config: OffloadConfig, progress: Progress | None, **hf_kwargs: Any) -> Any:
-    """See `moert.load`."""
+def load(
+    path_or_id: str | os.PathLike[str],
+    config: OffloadConfig,
+    progress: Progress | None,
+    device: Device | None = None,
+    device_options: Mapping[str, Any] | None = None,
+    **hf_kwargs: Any,
+) -> Any:
+    """See `moert.load`; `device` and `device_options` are as for `moert.hf.patching.patch`."""
     for name, why in _REFUSED.items():
         if hf_kwargs.get(name):
             raise UnsupportedModelError(f"{name}={hf_kwargs[name]!r} cannot be used with moert.load: {why}")
@@ -59,7 +69,7 @@ def load(path_or_id: str | os.PathLike[str], config: OffloadConfig, progress: Pr
         hf_kwargs["quantization_config"] = config
     with _told_to_quantizer(hf_kwargs.get("key_mapping"), progress, config):
         try:
-            return model_class(settings).from_pretrained(name, **hf_kwargs)
+            loaded = model_class(settings).from_pretrained(name, **hf_kwargs)
         except RuntimeError as error:
             if isinstance(error, MoertError) or "ignore_mismatched_sizes" not in str(error):
                 raise
@@ -67,6 +77,14 @@ def load(path_or_id: str | os.PathLike[str], config: OffloadConfig, progress: Pr
                 f"{name}: tensors of the checkpoint do not have the shapes that its config.json asks for; transformers "
                 f"says: {error}"
             ) from error
+    if device is not None:
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        try:
+            put_on_device(model, runtime_of(model), device, config, **(device_options or {}))
+        except BaseException:
+            close(model)
+            raise
+    return loaded
 
 
 @contextlib.contextmanager

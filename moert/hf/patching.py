@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from moert.config import OffloadConfig, format_bytes
+from moert.device.base import Device
 from moert.errors import CapacityError, ConfigError, MoertError, UnsupportedModelError
 from moert.hf.adapters import ExpertsAdapter, find_experts
 from moert.hf.dense_compute import give_back, take_over
 from moert.hf.device_experts import DeviceExperts, check_layers, warn_of_fallbacks
+from moert.hf.device_tiered import put_on_device
 from moert.hf.experts import OffloadedExperts
 from moert.hf.layers import Layers, make_layers
 from moert.hf.model import is_marked, mark, offloaded_modules, runtime_of, unmark
@@ -66,8 +69,20 @@ class _Freed:
         flat[flat.numel() - self.rest.numel() :] = self.rest
 
 
-def patch(model: nn.Module, config: OffloadConfig, progress: Progress | None = None) -> nn.Module:
-    """See `moert.patch`."""
+def patch(
+    model: nn.Module,
+    config: OffloadConfig,
+    progress: Progress | None = None,
+    device: Device | None = None,
+    **device_options: Any,
+) -> nn.Module:
+    """See `moert.patch`.
+
+    Args:
+        device: have the experts come there from host memory and disk, `config.device_memory` bytes of them at a time;
+            the runtime owns it from here on. The experts of `model` are on the CPU.
+        **device_options: of `put_on_device`.
+    """
     if is_marked(model) or offloaded_modules(model):
         raise MoertError(
             f"the experts of this {type(model).__name__} are offloaded already; call moert.unpatch(model) first"
@@ -92,6 +107,12 @@ def patch(model: nn.Module, config: OffloadConfig, progress: Progress | None = N
     else:
         source = SpillSource.write(layers.specs, map(_experts, owners), config.cache_dir, direct=config.direct_io)
         runtime = _move_to_slots(owners, layers, source, config, progress, freed)
+    if device is not None and on_device:
+        runtime.close()
+        raise ConfigError(
+            f"{len(on_device)} of {len(layers.specs)} layers have their experts on a GPU already; move the model to "
+            "the CPU before patching, from where they come to the GPU as they are needed"
+        )
     for path, adapter in adapters.items():
         module = (DeviceExperts if layers.layer_of[path] in on_device else OffloadedExperts)(adapter)
         module.training = adapter.module.training
@@ -100,6 +121,12 @@ def patch(model: nn.Module, config: OffloadConfig, progress: Progress | None = N
     mark(model, runtime, leave=unpatch)
     look_ahead(model, runtime)
     model.__dict__["_moert_freed"] = freed
+    if device is not None:
+        try:
+            put_on_device(model, runtime, device, config, **device_options)
+        except BaseException:
+            unpatch(model)
+            raise
     take_over(model, config.dense_kernels)
     warn_of_fallbacks(runtime)
     return model

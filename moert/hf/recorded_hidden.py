@@ -13,7 +13,7 @@ from torch import nn
 
 from moert.errors import MoertError, UnsupportedModelError
 from moert.hf.recorded_model import experts_of
-from moert.hf.router_weights import _block_of
+from moert.hf.router_weights import block_of
 from moert.predictors.pre_attention import scale
 
 
@@ -26,7 +26,7 @@ class HiddenRecording:
         self._handles: list[Any] = []
         try:
             for path, experts in experts_of(model).items():
-                block = _block_of(model, path)
+                block = block_of(model, path)
                 if block is None or experts.layer in self._states:
                     reason = "several modules share its experts" if block is not None else "it is in no list of blocks"
                     raise UnsupportedModelError(

@@ -105,7 +105,7 @@ def look_ahead(model: nn.Module, runtime: OffloadRuntime) -> None:
     if any(getattr(type(predictor), name) is not getattr(Predictor, name) for name in ("begin_sequence", "begin_pass")):
         hooks.append(ForwardWatch(model, functools.partial(_begin, runtime)))
     for path, module in offloaded_modules(model).items():
-        block = _block_of(model, path)
+        block = block_of(model, path)
         if block is not None and routers[module.layer] is not None and type(predictor).enter is not Predictor.enter:
             hooks.append(block.register_forward_pre_hook(_Enter(runtime, module.layer), with_kwargs=True))
     model.__dict__[_HOOKS] = hooks
@@ -134,7 +134,7 @@ def look_no_more(model: nn.Module) -> None:
         hook.remove()
 
 
-def _block_of(model: nn.Module, path: str) -> nn.Module | None:
+def block_of(model: nn.Module, path: str) -> nn.Module | None:
     """The nearest element of a list of modules that `path` is within: a layer of the model with its attention."""
     names = path.split(".")
     for end in range(len(names) - 1, 0, -1):

@@ -12,7 +12,7 @@ from torch import nn
 from moert.errors import MoertError
 from moert.hf.model import offloaded_modules, runtime_of
 from moert.hf.recording import record
-from moert.hf.router_weights import _block_of, find_routers, predicted_model
+from moert.hf.router_weights import block_of, find_routers, predicted_model
 from moert.predict.recorded import Recorded, Recording
 from moert.predictors.base import Need
 
@@ -81,7 +81,7 @@ def _hooks(model: nn.Module, seen: _Seen) -> Iterator[None]:
     handles = []
     try:
         for path, module in offloaded_modules(model).items():
-            layer, block = module.layer, _block_of(model, path)
+            layer, block = module.layer, block_of(model, path)
             handles.append(module.register_forward_pre_hook(_hook(seen, seen.hidden, layer), with_kwargs=True))
             if block is not None:
                 handles.append(block.register_forward_pre_hook(_hook(seen, seen.residual, layer), with_kwargs=True))

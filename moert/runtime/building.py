@@ -10,6 +10,7 @@ from moert.config import OffloadConfig
 from moert.plan import LayerNeed, default_budget, plan_slots
 from moert.policies import make_policy
 from moert.residency import Residency
+from moert.runtime.device_host import HeldResidency
 from moert.runtime.device_layer import DeviceLayer
 from moert.runtime.host_tier import HostTier
 from moert.runtime.layer import LayerCache, LayerSpec, ParameterLayer, SlotLayer, Weights
@@ -68,7 +69,13 @@ def runtime_in_slots(
         staging = StagingPool(tier.staging) if tier.staging is not None else None
         layers = [
             SlotLayer(
-                spec, Residency(n, make_policy(config.policy, n)), bank, source, reader, staging, poison=config.debug
+                spec,
+                HeldResidency(n, make_policy(config.policy, n)),
+                bank,
+                source,
+                reader,
+                staging,
+                poison=config.debug,
             )
             for spec, bank, n in zip(specs, tier.banks, slots, strict=True)
         ]
