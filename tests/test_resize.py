@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, OlmoeConfig, OlmoeForCausalLM
 import moert
 from moert.hf.model import runtime_of
 from moert.runtime import runtime as runtime_module
-from moert.runtime.runtime import OffloadRuntime
+from moert.runtime.sizing import HostSizing
 from moert.tiers.memory import rss_bytes
 
 MIB = 1 << 20
@@ -202,14 +202,14 @@ def test_resize_waits_for_the_step(tiny_olmoe: Path, monkeypatch: pytest.MonkeyP
             order.append("step")
             return run_step(*args, **kwargs)
 
-        resize = OffloadRuntime._resize
+        resize = HostSizing._resize
 
         def noted(*args: Any) -> Any:
             order.append("resize")
             return resize(*args)
 
         monkeypatch.setattr(runtime_module, "run_step", slow)
-        monkeypatch.setattr(OffloadRuntime, "_resize", noted)
+        monkeypatch.setattr(HostSizing, "_resize", noted)
         threads = [threading.Thread(target=logits, args=(model,))]
         threads[0].start()
         assert in_step.wait(10)

@@ -19,7 +19,7 @@ import moert
 from moert import _C
 from moert.hf.model import runtime_of
 from moert.runtime import host_tier
-from moert.runtime import runtime as runtime_module
+from moert.runtime import sizing as sizing_module
 from moert.tiers import arena as arena_module
 from moert.tiers.memory import MemoryLimit, MemoryReport
 
@@ -55,7 +55,7 @@ def test_growth_that_would_be_taken_away_again_is_refused(tiny_olmoe: Path, monk
         # The floor of 64 MiB and 3 slots are free, and 4 slots more are asked for.
         spare = 64 * MIB + 3 * slots // 8
         scarce = MemoryReport((MemoryLimit("a test's limit", 1 << 30, (1 << 30) - spare, 0),))
-        monkeypatch.setattr(runtime_module, "memory_report", lambda: scarce)
+        monkeypatch.setattr(sizing_module, "memory_report", lambda: scarce)
         with pytest.raises(moert.CapacityError, match=r"64\.0 MiB .* a test's limit .* at most 352\.0 KiB"):
             moert.resize(model, "75%")
         check(model)
@@ -69,7 +69,7 @@ def test_growth_beyond_the_machine_is_refused_also_without_the_watch(
 ) -> None:
     with moert.load(tiny_olmoe, host_memory="50%", shrink_on_pressure=False) as model:
         scarce = MemoryReport((MemoryLimit("a test's limit", 1 << 30, (1 << 30) - 1000, 0),))
-        for module in (arena_module, runtime_module):
+        for module in (arena_module, sizing_module):
             monkeypatch.setattr(module, "memory_report", lambda: scarce)
         with pytest.raises(moert.CapacityError, match=r"more than there is .*lower host_memory"):
             moert.resize(model, "100%")

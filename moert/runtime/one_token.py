@@ -26,17 +26,16 @@ def run_whole_layer(
     arguments: TokenArguments,
     pipeline: Pipeline,
     look_ahead: LookAhead | None,
-    *,
-    check: bool,
+    is_plain: bool,
 ) -> LayerOutput | None:
-    """Run one token through a whole layer of the model.
+    """Run one token through a whole layer of the model; with its experts only if `is_plain`.
 
     Returns:
         Without `output`, where somebody has to look first who was picked; None, and nothing has happened, where the
         kernel is not for these tensors.
     """
-    is_free = not check and can_run_whole(layer, pipeline, look_ahead)
-    found = kernel.run(*arguments, layer.table() if is_free else None)
+    table = layer.table() if is_plain and can_run_whole(layer, pipeline, look_ahead) else None
+    found = kernel.run(*arguments, table)
     if found is not None and found.output is not None:
         count_whole(layer, found.ids, found.experts_s, look_ahead)
     return found

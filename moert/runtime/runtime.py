@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from moert.config import Budget, OffloadConfig
 from moert.errors import MoertError
 from moert.kernels.token_layer import ExpertTable, LayerOutput, TokenLayer
-from moert.plan import default_budget, plan_slots, shrink_slots
-from moert.pressure import describe
 from moert.runtime.compute import Compute, Scratch
 from moert.runtime.device_layer import DeviceLayer, Forward
 from moert.runtime.host_tier import HostTier, Resized
@@ -27,51 +22,25 @@ from moert.runtime.one_token import TokenArguments, can_run_whole, count_whole, 
 from moert.runtime.pace import Pace, Sums
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.records import RecordSource
+from moert.runtime.sizing import HostSizing
 from moert.runtime.staging import StagingPool
 from moert.runtime.stats import LayerStats, Stats
 from moert.runtime.step import run_step
-from moert.runtime.watch import MemoryWatch
+from moert.runtime.uses import UsedAlone, whole
 from moert.tiers.depth import START_DEPTH
 from moert.tiers.disk import DiskReader, Priority
-from moert.tiers.memory import memory_report
 from moert.types import ExpertId
 
 if TYPE_CHECKING:
     from moert.runtime.device_tier import DeviceTier
 
+R = TypeVar("R")
+
 MAX_BYTES_IN_FLIGHT = 1 << 30
 """Of a few huge experts it is not worth reading many at once."""
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _whole(
-    method: Callable[Concatenate[OffloadRuntime, P], R],
-) -> Callable[Concatenate[OffloadRuntime, P], R]:
-    """One use of the runtime, while there is no other. One that was cut short by an interrupt, wherever that came, is
-    noticed by the next one, which puts everything in order first."""
-
-    @functools.wraps(method)
-    def run(self: OffloadRuntime, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._lock:
-            self._check_open()
-            if self._torn:
-                self._recover()
-            self._torn = True
-            try:
-                result = method(self, *args, **kwargs)
-            except MoertError:
-                self._torn = False
-                raise
-            self._torn = False
-            return result
-
-    return run
-
-
-class OffloadRuntime:
+class OffloadRuntime(UsedAlone):
     """The experts of one model. Owns its memory, threads and files until `close`; one step runs at a time.
 
     `moert.runtime.building` makes them.
@@ -87,12 +56,12 @@ class OffloadRuntime:
         source: RecordSource | None = None,
         staging: StagingPool | None = None,
     ) -> None:
+        super().__init__()
         self.layers = tuple(layers)
         self.config = config
         self.pipeline = Pipeline(self.layers, reads_ahead(config), MAX_BYTES_IN_FLIGHT)
         self._tier = tier
-        self._watch = MemoryWatch() if tier is not None and config.shrink_on_pressure else None
-        self._shrinks = 0
+        self._sizing = None if tier is None else HostSizing(tier, self.layers, self.pipeline, config)
         self._pace = Pace(self._sums)
         self._reader = reader
         self._source = source
@@ -102,10 +71,7 @@ class OffloadRuntime:
         """Prefetches what the next layers are expected to need; None: nothing is predicted."""
         self.device: DeviceTier | None = None
         """The tier above host memory; `attach` sets it."""
-        self._lock = threading.Lock()
         self._closed: str | None = None
-        self._torn = False
-        self._resizing = False
         self._read_s_before = 0.0
         self._read_s_at_reset = 0.0
 
@@ -113,6 +79,8 @@ class OffloadRuntime:
         """Run every step over a device from now on, and own it."""
         assert self.device is None, "there is a device already"
         self.device = device
+        if self._sizing is not None:
+            self._sizing.device = device
         self.look_ahead = None  # it would prefetch into host memory for steps that it is told nothing of
 
     def slot_ranges(self) -> Iterator[tuple[int, int]]:
@@ -121,7 +89,7 @@ class OffloadRuntime:
             if bank.n_slots:
                 yield bank.address(0), bank.n_slots * bank.slot_bytes
 
-    @_whole
+    @whole
     def run(
         self,
         layer: int,
@@ -136,10 +104,21 @@ class OffloadRuntime:
         Raises:
             MoertError: the runtime has been closed.
         """
-        if self._watch is not None:
-            self._relieve()
+        if self._sizing is not None:
+            self._sizing.relieve()
         if layer == 0:
             self._pace.begin(len(hidden))
+        return self._step(layer, compute, hidden, top_k_index, top_k_weights, scores)
+
+    def _step(
+        self,
+        layer: int,
+        compute: Compute,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        scores: Sequence[float] | None = None,
+    ) -> torch.Tensor:
         if self.device is not None:
             return self.device.run(layer, compute, hidden, top_k_index, top_k_weights, scores)
         return run_step(
@@ -155,7 +134,7 @@ class OffloadRuntime:
             check=self.config.debug,
         )
 
-    @_whole
+    @whole
     def run_token(
         self, layer: int, kernel: TokenLayer, arguments: TokenArguments, compute: Compute
     ) -> LayerOutput | None:
@@ -167,30 +146,20 @@ class OffloadRuntime:
         Raises:
             MoertError: the runtime has been closed.
         """
-        if self._watch is not None:
-            self._relieve()
-        cache, check = self.layers[layer], self.config.debug
-        found = run_whole_layer(cache, kernel, arguments, self.pipeline, self.look_ahead, check=check)
+        if self._sizing is not None:
+            self._sizing.relieve()
+        is_plain = self.device is None and not self.config.debug
+        found = run_whole_layer(self.layers[layer], kernel, arguments, self.pipeline, self.look_ahead, is_plain)
         if found is None:
             return None
         if layer == 0:
             self._pace.begin(1)
         if found.output is not None:
             return found
-        output = run_step(
-            cache,
-            compute,
-            found.normed[0],
-            found.ids,
-            found.weights,
-            pipeline=self.pipeline,
-            scratch=self._scratch,
-            look_ahead=self.look_ahead,
-            check=check,
-        )
+        output = self._step(layer, compute, found.normed[0], found.ids, found.weights)
         return found._replace(output=found.hidden + output)
 
-    @_whole
+    @whole
     def run_ahead(self, layers: Sequence[int], run: Callable[[Sequence[ExpertTable]], R]) -> R | None:
         """Call `run` with the experts of as many of these layers, from the first on, as need nothing but kernels for a
         token: every expert is resident and nothing else to be done. Tell `note_ahead` of each layer that counts.
@@ -201,19 +170,19 @@ class OffloadRuntime:
         Raises:
             MoertError: the runtime has been closed.
         """
-        if self._watch is not None:
-            self._relieve()
+        if self._sizing is not None:
+            self._sizing.relieve()
         tables: list[ExpertTable] = []
         for layer in layers:
             cache = self.layers[layer]
-            is_free = not self.config.debug and can_run_whole(cache, self.pipeline, self.look_ahead)
-            table = cache.table() if is_free else None
+            is_plain = self.device is None and not self.config.debug
+            table = cache.table() if is_plain and can_run_whole(cache, self.pipeline, self.look_ahead) else None
             if table is None:
                 break
             tables.append(table)
         return run(tables) if len(tables) > 1 else None
 
-    @_whole
+    @whole
     def note_ahead(self, layer: int, ids: torch.Tensor, experts_s: float) -> None:
         """A token's picks [1, K] in a layer that `run_ahead` ran, as its turn has come.
 
@@ -224,7 +193,7 @@ class OffloadRuntime:
             self._pace.begin(1)
         count_whole(self.layers[layer], ids, experts_s, self.look_ahead)
 
-    @_whole
+    @whole
     def run_on_device(
         self,
         layer: int,
@@ -242,7 +211,7 @@ class OffloadRuntime:
         assert isinstance(cache, DeviceLayer)
         return cache.run(own_forward, hidden, top_k_index, top_k_weights)
 
-    @_whole
+    @whole
     def enter(self, layer: int, residual: torch.Tensor) -> None:
         """The block that holds `layer` is given `residual` [T, D]: prefetch what that tells. Returns at once.
 
@@ -253,7 +222,7 @@ class OffloadRuntime:
             self.look_ahead.enter(layer, residual)
             self.pipeline.pump()
 
-    @_whole
+    @whole
     def begin_sequence(self) -> None:
         """The steps from here on are of another sequence, or batch of them: every layer's policy is told.
 
@@ -270,7 +239,7 @@ class OffloadRuntime:
         """Whether experts come from disk."""
         return self._reader is not None
 
-    @_whole
+    @whole
     def prefetch(self, experts: Sequence[ExpertId], priority: Priority = Priority.PREFETCH) -> None:
         """Bring experts up that may be needed soon, the first one first, when no step waits for others. Returns at
         once; a step that needs one of them waits for the rest of its read only.
@@ -284,7 +253,7 @@ class OffloadRuntime:
         self.pipeline.prefetch(experts, priority)
         self.pipeline.pump()
 
-    @_whole
+    @whole
     def withdraw(self, experts: Iterable[ExpertId]) -> None:
         """These experts are not expected any more: a prefetch whose read has not started is cancelled. Returns at once.
 
@@ -295,7 +264,7 @@ class OffloadRuntime:
             self.device.withdraw(experts)
         self.pipeline.withdraw(experts)
 
-    @_whole
+    @whole
     def weights(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """A copy of one expert's tensors as its module has them, wherever they are; blocks while they are read.
 
@@ -329,7 +298,7 @@ class OffloadRuntime:
             resident_bytes=sum(layer.resident_bytes for layer in layers),
             expert_bytes=sum(layer.spec.num_experts * layer.spec.expert_bytes for layer in self.layers),
             slot_bytes=self._slot_bytes(),
-            shrinks=self._shrinks,
+            shrinks=0 if self._sizing is None else self._sizing.shrinks,
             device_steps=sum(layer.device_steps for layer in layers),
             decoding=self._pace.decoding(),
             layers=layers,
@@ -350,53 +319,19 @@ class OffloadRuntime:
             kept = layer.stats
             layer.stats = LayerStats(kept.name, resident_bytes=kept.resident_bytes, fallback=kept.fallback)
         self._read_s_at_reset = self._read_s()
-        self._shrinks = 0
+        if self._sizing is not None:
+            self._sizing.shrinks = 0
         self._pace.reset()
 
-    @_whole
+    @whole
     def resize(self, budget: Budget | None) -> Resized:
         """Give the host tier another size, between two steps; see `moert.resize`."""
-        tier = self._tier
-        if tier is None:
+        if self._sizing is None:
             raise MoertError(
                 "this model's experts are all in its own parameters, where moert.patch left them, so there are no "
                 "slots to resize; unpatch it and patch it with a smaller host_memory"
             )
-        report = memory_report()
-        slots = plan_slots(tier.needs, budget or default_budget(tier.needs, report.available_bytes + tier.slots_bytes))
-        if self._watch is not None:
-            tier.check_room(slots, report)
-        return self._resize(tier, slots)
-
-    def _resize(self, tier: HostTier, slots: Sequence[int]) -> Resized:
-        if self.device is not None:
-            self.device.before_host_changes()
-        self.pipeline.drain()
-        self._resizing = True
-        try:
-            return self._resize_drained(tier, slots)
-        except MoertError:
-            self._resizing = False
-            raise
-        finally:
-            if self.device is not None:
-                self.device.after_host_changes()
-
-    def _resize_drained(self, tier: HostTier, slots: Sequence[int]) -> Resized:
-        before, bytes_before = tier.slots, self._slot_bytes()
-        tier.grow(slots)
-        evicted = moved = 0
-        for index, (layer, n) in enumerate(zip(self.layers, slots, strict=True)):
-            assert isinstance(layer, SlotLayer)
-            if n != layer.residency.capacity:
-                change = layer.resize(n)
-                evicted += len(change.victims)
-                moved += len(change.moves)
-            tier.shrink(index, n)
-            if self.config.debug:
-                layer.residency.check_integrity()
-        self._resizing = False
-        return Resized(tier.slots, before, self._slot_bytes(), bytes_before, evicted, moved)
+        return self._sizing.resize(budget)
 
     def _recover(self) -> None:
         """Go on after an interrupt that came nobody knows where: what is surely whole stays resident.
@@ -409,34 +344,20 @@ class OffloadRuntime:
             self._reader.close()
             self._read_s_before += self._reader.totals().read_s
             self._reader = DiskReader(depth=self.config.io_depth)
-        if self._tier is not None and self._resizing:
-            self._tier.recover()
+        keep = self._sizing is None or self._sizing.recover()
         if self._staging is not None:
             self._staging.recover()
         for layer in self.layers:
             if isinstance(layer, SlotLayer):
                 assert self._reader is not None
-                layer.recover_slots(self._reader, keep=not self._resizing)
+                layer.recover_slots(self._reader, keep=keep)
             else:
                 layer.recover(keep=True)
         self.pipeline.recover()
         if self.device is not None:
             self.device.after_host_changes()
-        self._resizing = False
-
-    def _relieve(self) -> None:
-        """Give memory back if it has run short."""
-        assert self._tier is not None and self._watch is not None
-        tier = self._tier
-        relief = self._watch.look(tier.slots_bytes, tier.least_bytes)
-        if relief is None:
-            return
-        before = tier.slots_bytes
-        if relief.target_bytes < before:
-            self._resize(tier, shrink_slots(tier.needs, tier.slots, relief.target_bytes))
-            self._shrinks += 1
-        if relief.is_new:
-            warnings.warn(describe(relief, before, tier.slots_bytes), RuntimeWarning, stacklevel=2)
+        if self._sizing is not None:
+            self._sizing.settle()
 
     def _slot_bytes(self) -> int:
         return self._tier.arena.committed_bytes if self._tier is not None else 0
