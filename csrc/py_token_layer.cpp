@@ -120,17 +120,19 @@ PyObject* py_expert_table(PyObject*, PyObject* args) {
     return enclose(std::move(table), kExpertTableName);
 }
 
-// (layer, token, ids, weights, experts, y)
+// (layer, token, ids, weights, logits, experts, y)
 bool as_layer_token(PyObject* object, const TokenLayer** layer, LayerToken* token) {
-    PyObject *layer_object, *token_object, *ids_object, *weights_object, *experts_object, *y_object;
-    if (!PyArg_ParseTuple(object, "OO!OOOO:layer token", &layer_object, &PyTuple_Type, &token_object, &ids_object,
-                          &weights_object, &experts_object, &y_object)) {
+    PyObject *layer_object, *token_object, *ids_object, *weights_object, *logits_object, *experts_object, *y_object;
+    if (!PyArg_ParseTuple(object, "OO!OOOOO:layer token", &layer_object, &PyTuple_Type, &token_object, &ids_object,
+                          &weights_object, &logits_object, &experts_object, &y_object)) {
         return false;
     }
     *layer = disclose<TokenLayer>(layer_object, kTokenLayerName);
-    const uint8_t *ids, *weights, *y;
+    const uint8_t *ids, *weights, *logits, *y;
     if (*layer == nullptr || !as_token(token_object, (*layer)->attention, &token->attended) ||
         !as_address(ids_object, "ids", 8, false, &ids) || !as_address(weights_object, "weights", 4, false, &weights) ||
+        !as_address(logits_object, "logits", static_cast<uint64_t>(bytes_of((*layer)->attention.number)), false,
+                    &logits) ||
         !as_address(y_object, "y", static_cast<uint64_t>(bytes_of((*layer)->attention.number)), false, &y)) {
         return false;
     }
@@ -148,6 +150,7 @@ bool as_layer_token(PyObject* object, const TokenLayer** layer, LayerToken* toke
     }
     token->ids = reinterpret_cast<int64_t*>(const_cast<uint8_t*>(ids));
     token->weights = reinterpret_cast<float*>(const_cast<uint8_t*>(weights));
+    token->logits = const_cast<uint8_t*>(logits);
     token->y = const_cast<uint8_t*>(y);
     return true;
 }
@@ -198,7 +201,8 @@ PyMethodDef token_layer_methods[] = {
      "point "
      "to must outlive it."},
     {"run_layers", py_run_layers, METH_O,
-     "run_layers(layers) -> seconds\n\nOne token through layers, each (layer, token, ids, weights, experts, y), in "
+     "run_layers(layers) -> seconds\n\nOne token through layers, each (layer, token, ids, weights, logits, experts, "
+     "y), in "
      "their order; see token_layer.h. token is as for attend_token, experts a table or None, ids int64 and weights "
      "fp32. Returns what the experts of each took, below 0 if they were not computed; no layer after that has run. "
      "Blocks, without the GIL."},

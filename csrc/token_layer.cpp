@@ -19,13 +19,12 @@ void run_shared(Work& work, int64_t nbytes) {
 void route(const TokenLayer& layer, LayerToken* token) {
     const Number number = layer.attention.number;
     const size_t experts = static_cast<size_t>(layer.rule.experts);
-    std::vector<uint8_t> rounded(experts * static_cast<size_t>(bytes_of(number)));
     std::vector<float> logits(experts);
-    const Product product{layer.router.w, number, 1, token->attended.normed, layer.router.bias, rounded.data()};
+    const Product product{layer.router.w, number, 1, token->attended.normed, layer.router.bias, token->logits};
     const int64_t nbytes = weight_bytes(product.w);
     note_reading(product.w.data, nbytes);
     run_shared(*make_linear(product), nbytes);
-    pointwise().widen(number, rounded.data(), logits.data(), layer.rule.experts);
+    pointwise().widen(number, token->logits, logits.data(), layer.rule.experts);
     pick(layer.rule, logits.data(), token->ids, token->weights);
 }
 

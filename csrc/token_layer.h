@@ -30,6 +30,7 @@ struct LayerToken {
     AttendedToken attended;                // its y is h, its normed what router and experts are given
     int64_t* ids = nullptr;                // [top_k]
     float* weights = nullptr;              // [top_k]
+    uint8_t* logits = nullptr;             // of every expert, of the attention\'s number
     const ExpertTable* experts = nullptr;  // null: they are not computed; ids beyond it have no weights
     uint8_t* y = nullptr;                  // [hidden]; written if they are computed
     double experts_s = -1;                 // what the experts took; below 0: they are not computed

@@ -52,6 +52,8 @@ class LayerOutput(NamedTuple):
     """[1, K] int64, the best first."""
     weights: torch.Tensor
     """[1, K] fp32, rounded as the router does."""
+    logits: torch.Tensor
+    """[1, E] in the layer's dtype."""
     output: torch.Tensor | None
     """Like x: `hidden` plus what the experts give; None: they have not been computed."""
     experts_s: float
@@ -77,7 +79,9 @@ class TokenLayer:
                 f"an attention of {attention.hidden} numbers in {attention.dtype} does not go with a router in "
                 f"{weight.dtype} and experts of {ffn.hidden} numbers in {ffn.dtype}"
             )
-        self.attention, self.top_k = attention, rule.top_k
+        self.attention, self.top_k, self.num_experts = attention, rule.top_k, weight.shape[0]
+        self.shape = (attention.hidden, self.num_experts, self.top_k, attention.dtype)
+        """D, E, K and the dtype: what layers that run together have in common."""
         self._kept = (weight, bias)
         self.plan = _C.token_layer(
             attention.capsule,
@@ -110,9 +114,12 @@ class TokenLayer:
             return None
         ids = torch.empty((1, self.top_k), dtype=torch.int64)
         weights = torch.empty((1, self.top_k), dtype=torch.float32)
+        logits = torch.empty((1, self.num_experts), dtype=x.dtype)
         table = None if experts is None else experts.capsule
-        (took,) = _C.run_layers([(self.plan, arguments, ids.data_ptr(), weights.data_ptr(), table, output.data_ptr())])
-        return LayerOutput(y, normed, ids, weights, None if took < 0 else output, took)
+        (took,) = _C.run_layers(
+            [(self.plan, arguments, ids.data_ptr(), weights.data_ptr(), logits.data_ptr(), table, output.data_ptr())]
+        )
+        return LayerOutput(y, normed, ids, weights, logits, None if took < 0 else output, took)
 
 
 class LayersOutput(NamedTuple):
@@ -126,6 +133,8 @@ class LayersOutput(NamedTuple):
     """[L, 1, K] int64."""
     weights: torch.Tensor
     """[L, 1, K] fp32."""
+    logits: torch.Tensor
+    """[L, 1, E]"""
     experts_s: list[float]
     """Seconds that the experts of each layer took. As long as layers have run whole; the rest is of no meaning."""
 
@@ -141,7 +150,7 @@ def run_layers(
     """As `TokenLayer.run` of each on what the one before gave, in one call; ends where experts cannot be computed.
 
     Args:
-        layers: of one dtype, hidden size and number of picks.
+        layers: of one dtype, hidden size and number of experts and of picks.
         places: keys, values and tokens of each.
 
     Returns:
@@ -152,6 +161,7 @@ def run_layers(
     hidden = torch.empty_like(x)
     ids = torch.empty((count, 1, top_k), dtype=torch.int64)
     weights = torch.empty((count, 1, top_k), dtype=torch.float32)
+    logits = torch.empty((count, 1, layers[0].num_experts), dtype=x.dtype)
     step, before = x.numel() * x.element_size(), x.data_ptr()
     calls = []
     for i, (layer, place, table) in enumerate(zip(layers, places, experts, strict=True)):
@@ -165,13 +175,14 @@ def run_layers(
                 (before, *arguments[1:-1], normed.data_ptr() + i * step),
                 ids.data_ptr() + i * 8 * top_k,
                 weights.data_ptr() + i * 4 * top_k,
+                logits.data_ptr() + i * logits.shape[2] * logits.element_size(),
                 table.capsule,
                 output,
             )
         )
         before = output
     seconds = _C.run_layers(calls)
-    return LayersOutput(outputs, normed, ids, weights, [took for took in seconds if took >= 0])
+    return LayersOutput(outputs, normed, ids, weights, logits, [took for took in seconds if took >= 0])
 
 
 def pick(rule: RouterRule, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -199,9 +199,10 @@ def test_the_policy_learns_the_same(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -
     assert found == wanted
 
 
-def test_recording_sees_the_same(zoo: Zoo, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scores", [False, True])
+def test_recording_sees_the_same(scores: bool, zoo: Zoo, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
     def record(model: Any) -> Any:
-        with moert.record(model) as trace:
+        with moert.record(model, scores=scores) as trace:
             decode(model)
         (sequence,) = trace
         return [value.tolist() for value in vars(sequence).values() if hasattr(value, "tolist")]
@@ -209,7 +210,7 @@ def test_recording_sees_the_same(zoo: Zoo, counted: Counted, monkeypatch: pytest
     model = zoo.fresh("olmoe", torch.bfloat16)
     wanted, found = both_ways(model, monkeypatch, record)
     assert found == wanted
-    assert len(found) >= 3
+    assert len(found) >= 3 + scores
     assert counted.take()[2] == (STEPS - 1) * model.config.num_hidden_layers
 
 

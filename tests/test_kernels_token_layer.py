@@ -262,6 +262,7 @@ def test_a_layer_gives_the_bits_of_its_parts(dtype: torch.dtype) -> None:
     assert torch.equal(found.hidden, hidden)
     assert torch.equal(found.normed, known(normed))
     logits = linear(known(normed)[0], layer.router.weight, layer.router.bias)
+    assert torch.equal(found.logits, logits)
     ids, weights = pick(layer.router.rule, logits[0].float(), dtype)
     assert torch.equal(found.ids[0], ids)
     assert torch.equal(found.weights[0], weights)

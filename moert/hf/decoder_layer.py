@@ -137,9 +137,9 @@ class Whole:
             self._parts.holds and experts.runtime is self.runtime and experts.scores is None and self._block.are_told()
         )
 
-    def tell(self, normed: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """The experts were given that, [1, 1, D] and [1, K]: tell who looks at it."""
-        self._block.tell(normed[0], ids, weights)
+    def tell(self, normed: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor) -> None:
+        """The router has made that of [1, 1, D]: [1, K] twice and [1, E]. Tell who looks at it."""
+        self._block.tell(normed[0], ids, weights, logits)
 
     def run(self, token: Token) -> torch.Tensor | None:
         """The layer's output for it; None, and nothing has happened, where the kernel is not for it."""
@@ -148,7 +148,7 @@ class Whole:
         if found is None:
             return None
         token.layer.token_written()
-        self.tell(found.normed, found.ids, found.weights)
+        self.tell(found.normed, found.ids, found.weights, found.logits)
         return found.output
 
 
@@ -252,7 +252,7 @@ def chain_layers(layers: nn.Module) -> None:
         return
     forwards = [vars(module).get("forward") for module in layers]
     wholes = [forward._whole if isinstance(forward, DecoderLayerForward) else None for forward in forwards]
-    kinds = {None if w is None else (w.layer.top_k, w.layer.attention.hidden, w.layer.attention.dtype) for w in wholes}
+    kinds = {None if w is None else w.layer.shape for w in wholes}
     if len(kinds) != 1 or None in kinds:
         return
     chain = LayerChain(layers, [forward for forward in forwards if isinstance(forward, DecoderLayerForward)])

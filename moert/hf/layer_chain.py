@@ -131,5 +131,6 @@ class _Ahead:
         whole, ids = self._wholes[at], self._ids[at]
         whole.runtime.note_ahead(whole.index, ids, self._output.experts_s[at])
         self._tokens[at].layer.token_written()
-        whole.tell(self._output.normed[at], ids, self._output.weights[at])
+        output = self._output
+        whole.tell(output.normed[at], ids, output.weights[at], output.logits[at])
         return self._handed[at]

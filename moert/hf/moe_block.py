@@ -19,26 +19,33 @@ class MoeBlock(NamedTuple):
 
     experts: OffloadedExperts
     router: FoundRouter
+    gate: nn.Module
+    """The router's module."""
     router_name: str
     experts_name: str
 
     def note(self, parts: Unchanged, block: nn.Module) -> None:
-        """Its parts, for as long as `block` is it; who only looks at what its experts are given may do so."""
-        parts.add(block, self.router_name)
-        parts.add(block, self.experts_name, only_after=True)
+        """Its parts, for as long as `block` is it; see `are_told`."""
+        parts.add(block, self.router_name, after=False)
+        parts.add(block, self.experts_name, before=False)
 
     def are_told(self) -> bool:
-        """Whether those who look at what the experts are given can be told afterwards, by `tell`."""
-        hooks = self.experts._forward_pre_hooks
-        return not hooks or all(getattr(hook, "only_looks", False) for hook in hooks.values())
+        """Whether those who look at what the router gives to the experts can be told afterwards, by `tell`."""
+        if self.gate._forward_hooks and not self.router.is_complete:
+            return False
+        hooks = (*self.gate._forward_hooks.values(), *self.experts._forward_pre_hooks.values())
+        return not hooks or all(getattr(hook, "only_looks", False) for hook in hooks)
 
-    def tell(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """The experts were given that: [1, D] and [1, K]."""
-        hooks = self.experts._forward_pre_hooks
-        if hooks:
-            arguments = (x, ids, weights.to(self.router.router.weights_dtype))
-            for hook in list(hooks.values()):
-                hook(self.experts, arguments, {})
+    def tell(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor) -> None:
+        """The router has made that of `x` [1, D]: [1, K] twice and [1, E]."""
+        gate, experts = self.gate, self.experts
+        if not gate._forward_hooks and not experts._forward_pre_hooks:
+            return
+        outputs = self.router.outputs(ids, weights, logits)
+        for hook in list(gate._forward_hooks.values()):
+            hook(gate, (x,), outputs)
+        for look in list(experts._forward_pre_hooks.values()):
+            look(experts, (x, ids, weights.to(self.router.router.weights_dtype)), {})
 
 
 def find_block(module: nn.Module) -> MoeBlock | None:
@@ -63,7 +70,7 @@ def find_block(module: nn.Module) -> MoeBlock | None:
                     is_it = _is_plain(module, name, experts_name, router)
             except Exception:  # the class's own code may fail in any way
                 return None
-            return MoeBlock(found, router, name, experts_name) if is_it else None
+            return MoeBlock(found, router, child, name, experts_name) if is_it else None
     return None
 
 

@@ -98,6 +98,8 @@ class ScoreTap:
             ):
                 self._seen.append(_Seen(module, place, values))
 
+    _watch.only_looks = True  # type: ignore[attr-defined]  # see `MoeBlock.tell`
+
     def take(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
         """The scores [T, E] in fp32, summing to 1, for the step that begins with `ids` and `weights` [T, K]; None if
         they cannot be found, which `failed` then says too."""

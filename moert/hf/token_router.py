@@ -35,6 +35,22 @@ class FoundRouter(NamedTuple):
     ids: int
     """Which of its outputs."""
     weights: int
+    logits: int | None
+    """None: they are not one of them."""
+    count: int
+    """Of the outputs."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is no output but picks, weights and logits."""
+        return self.count == 2 + (self.logits is not None)
+
+    def outputs(self, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the class's code returns for these, if it `is_complete`."""
+        found = {self.ids: ids, self.weights: weights.to(self.router.weights_dtype)}
+        if self.logits is not None:
+            found[self.logits] = logits
+        return tuple(found[place] for place in sorted(found))
 
 
 def find_router(module: nn.Module) -> FoundRouter | None:
@@ -72,7 +88,20 @@ def _search(module: Any) -> FoundRouter | None:
     dtype = outputs[weights[0]].dtype
     for rule in _rules(module, top_k):
         if all(_agrees(rule, dtype, logits, given[ids[0]], given[weights[0]]) for logits, given in runs):
-            return FoundRouter(TokenRouter(weight, bias, rule, dtype), ids[0], weights[0])
+            token = TokenRouter(weight, bias, rule, dtype)
+            return FoundRouter(token, ids[0], weights[0], _place_of_logits(runs), len(outputs))
+    return None
+
+
+def _place_of_logits(runs: list[tuple[torch.Tensor, tuple[Any, ...]]]) -> int | None:
+    for place in range(len(runs[0][1])):
+        if all(
+            isinstance(given[place], torch.Tensor)
+            and given[place].dtype is logits.dtype
+            and torch.equal(given[place], logits)
+            for logits, given in runs
+        ):
+            return place
     return None
 
 

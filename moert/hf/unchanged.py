@@ -22,8 +22,8 @@ class Unchanged:
         self._tensors: list[tuple[torch.Tensor, int]] = []
         self._hooks: list[dict[Any, Any]] = [every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
 
-    def add(self, parent: nn.Module, name: str, *, only_after: bool = False) -> None:
-        """A child of `parent`, which is to have no hooks; with `only_after` none that look at what comes out."""
+    def add(self, parent: nn.Module, name: str, *, before: bool = True, after: bool = True) -> None:
+        """A child of `parent`, which is to have no hooks on what goes in (`before`) and comes out (`after`)."""
         module = parent._modules[name]
         assert module is not None
         attributes = vars(module)
@@ -39,9 +39,10 @@ class Unchanged:
             self._parts.append((module._parameters, kind, tensor))
             if tensor is not None:
                 self._tensors.append((tensor, tensor.data_ptr()))
-        self._hooks.append(module._forward_hooks)
-        if not only_after:
+        if before:
             self._hooks.append(module._forward_pre_hooks)
+        if after:
+            self._hooks.append(module._forward_hooks)
 
     def add_ways(self, module: nn.Module) -> None:
         """What decides how `module` computes beside its parts: its class's code and its own settings."""
