@@ -37,13 +37,12 @@ class FoundRouter(NamedTuple):
     weights: int
     logits: int | None
     """None: they are not one of them."""
-    count: int
-    """Of the outputs."""
+    n_outputs: int
 
     @property
     def is_complete(self) -> bool:
         """Whether there is no output but picks, weights and logits."""
-        return self.count == 2 + (self.logits is not None)
+        return self.n_outputs == 2 + (self.logits is not None)
 
     def outputs(self, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the class's code returns for these, if it `is_complete`."""
