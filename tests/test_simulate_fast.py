@@ -38,7 +38,7 @@ resets = st.sampled_from(["never", "sequence"])
 
 
 def test_most_policies_are_compiled() -> None:
-    assert set(policy_names()) - set(fast_policies()) == {"activation_matrix"}
+    assert set(policy_names()) - set(fast_policies()) == {"activation_matrix", "ema_ahead"}
 
 
 @pytest.mark.parametrize("policy", [*fast_policies(), *VARIANTS])

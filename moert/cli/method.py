@@ -42,9 +42,11 @@ _BYPASS = (
 def settings(asked: Asked) -> list[tuple[str, str]]:
     """What was asked for, as names and values."""
     live = [policy for policy in asked.policies if policy not in asked.bounds]
+    told = [] if asked.predictor is None else [("predictor", asked.predictor)]
     return [
         ("policies", "; ".join(live) or "none that can run"),
         ("bounds", "; ".join(asked.bounds)),
+        *told,
         ("capacities", ", ".join(asked.capacities)),
         ("scope", "a cache for each layer" if asked.scope == "layer" else "one cache for all layers"),
         ("reset", "never: one run over all sequences" if asked.reset == "never" else "each sequence begins empty"),

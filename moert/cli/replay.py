@@ -40,6 +40,7 @@ class Asked:
     count: str
     batch: int
     bypass: bool
+    predictor: str | None
     expert_bytes: int | None
     jobs: int
 
@@ -51,6 +52,7 @@ class Asked:
             "count": self.count,
             "batch": self.batch,
             "bypass": self.bypass,
+            "predictor": self.predictor,
             "expert_bytes": self.expert_bytes,
         }
 
@@ -65,6 +67,7 @@ def read_asked(
     count: str,
     batch: int,
     bypass: bool,
+    predictor: str | None,
     expert_bytes: str | None,
     jobs: int,
 ) -> Asked:
@@ -86,6 +89,7 @@ def read_asked(
         count=count,
         batch=batch,
         bypass=bypass,
+        predictor=None if predictor is None else _read_predictor(predictor, policies),
         expert_bytes=None if expert_bytes is None else _read_bytes(expert_bytes, "--expert-bytes"),
         # A process takes a second to start and its own copy of the events: beyond one a core they only cost.
         jobs=min(jobs, os.cpu_count() or 1),
@@ -107,6 +111,18 @@ def _read_policies(text: str, bound: str) -> tuple[list[str], list[str]]:
         policies.append(bound)
         bounds.append(bound)
     return policies, bounds
+
+
+def _read_predictor(text: str, policies: Sequence[str]) -> str:
+    from moert.policies import make_policy
+    from moert.predictors._choice import read_predictor
+
+    kind, _ = read_predictor(text)
+    if not kind.gives_probabilities:
+        raise ConfigError(f"--predictor={text!r} gives no probabilities, so eviction cannot weigh them")
+    if not any(make_policy(policy, 1, future=()).tokens_ahead for policy in policies):
+        raise ConfigError(f"--predictor={text!r}: no policy of {', '.join(policies)} looks ahead; ema_ahead does")
+    return text
 
 
 def _read_capacities(capacity: str | None, budget: str | None) -> list[str]:

@@ -71,6 +71,14 @@ def simulate(
         bool,
         typer.Option("--bypass", help="A policy may leave a missing expert out, which is then used without a slot."),
     ] = False,
+    predictor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="What tells a policy that looks ahead, such as ema_ahead, of the tokens to come; `oracle` knows them.",
+            show_default=False,
+        ),
+    ] = None,
     experts: Annotated[int | None, typer.Option(min=1, metavar="N", help=EXPERTS_HELP, show_default=False)] = None,
     expert_bytes: Annotated[
         str | None,
@@ -147,6 +155,7 @@ def simulate(
         "count": count,
         "batch": batch,
         "bypass": bypass,
+        "predictor": predictor,
         "expert_bytes": expert_bytes,
         "jobs": jobs,
     }

@@ -109,6 +109,7 @@ def add_times(replayed: Replayed, timing: Timing, asked: Asked, progress: Callab
             promotion=_promotion() if timing.promotes and machine.has_device else None,
             count="decode" if asked.count == "decode" else "all",
             batch=asked.batch,
+            predictor=asked.predictor,
             expert_bytes=asked.expert_bytes,
         )
         row.update(

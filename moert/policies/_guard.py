@@ -21,7 +21,9 @@ _CALLS = (
     "victim",
     "victim_for",
     "wants",
+    "worth",
     "observe_scores",
+    "observe_ahead",
     "begin_sequence",
     "foresee",
 )

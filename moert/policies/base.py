@@ -39,6 +39,9 @@ class Policy(ABC):
     parameters: Mapping[str, Any] = {}
     """What the constructor was given besides the capacity, if the policy was made by name."""
 
+    tokens_ahead: int = 0
+    """Of how many of a layer's next events `observe_ahead` is to tell; 0: it is not called."""
+
     sizes: Callable[[ExpertId], int] | None = None
     """Bytes of an expert, where they differ; `capacity` is then in bytes too. Set before the first event or never.
 
@@ -86,6 +89,25 @@ class Policy(ABC):
         Averaged over the step's tokens. Called where they are known; a trace may lack them.
         """
         return
+
+    def observe_ahead(self, layer: int, chances: Sequence[Sequence[float]]) -> None:
+        """What is predicted for the events of `layer` after the one whose `access` follows, the next of them first.
+
+        Called where there is a predictor, and where it has something to say. Kept, and not written to afterwards. Where
+        the future is known, chances are 0 and 1, and there may be more of them than were asked for.
+
+        Args:
+            chances: [n][E] of each event, the probabilities that it needs each expert of the layer; finite.
+        """
+        return
+
+    def worth(self, expert: ExpertId) -> float | None:
+        """What it is worth to keep `expert`, or to bring it in, on the scale of the share of events that need it.
+
+        Whoever moves experts in the background weighs them by it, so that it brings what stays. Asking changes nothing.
+        None: this policy does not know, and whoever asks goes by its own averages.
+        """
+        return None
 
     def begin_sequence(self) -> None:
         """The events from here on belong to another sequence, or batch of sequences, than those before.

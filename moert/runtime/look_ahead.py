@@ -11,6 +11,7 @@ import torch
 from moert.predictors.base import Ints, Prediction, Predictor
 from moert.runtime.layer import LayerCache
 from moert.runtime.pipeline import Pipeline
+from moert.runtime.predictor_guard import PredictorGuard
 from moert.trial import Trial
 from moert.types import ExpertId
 
@@ -34,7 +35,8 @@ class LookAhead:
 
     A predictor's ranks are judged by what the steps then needed, each rank, look and layer for itself, so that
     predictions which do not come true cost reads for a short while only. Now and then tokens with it are timed against
-    tokens without, and it is left off where it does not gain (`Trial`). Used by one step at a time.
+    tokens without, and it is left off where it does not gain (`Trial`). A predictor that fails or takes too long is not
+    called again (`PredictorGuard`). Used by one step at a time.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class LookAhead:
         self._last: tuple[int, float] | None = None
         """Tokens of the first layer's latest step, and when it began."""
         self._predictor = predictor
+        self._guard = PredictorGuard(predictor, [layer.spec.num_experts for layer in layers], clock)
         self._layers = layers
         self._pipeline = pipeline
         self._missing: dict[int, dict[_Look, dict[ExpertId, int]]] = {}
@@ -58,7 +61,8 @@ class LookAhead:
 
     def begin(self, layer: int, needed: Collection[ExpertId], n_tokens: int = 1) -> None:
         """A step of `layer` needs these experts: learn from it, and give up on the others that were expected."""
-        if layer == 0:
+        self._guard.begin_layer(layer)
+        if layer == 0 and self._guard.is_on:
             self._note_token(n_tokens)
         for look, missing in self._missing.pop(layer, {}).items():
             worths = self._worths[layer, look]
@@ -68,28 +72,30 @@ class LookAhead:
 
     def begin_sequence(self) -> None:
         """The passes from here on are of another sequence, or batch of them."""
-        self._predictor.begin_sequence()
+        self._guard.begin_sequence()
 
     def begin_pass(self, n_tokens: int, token_ids: Ints | None = None, rows: int = 1) -> None:
         """A forward pass of T tokens begins; see `Predictor.begin_pass`."""
-        self._predictor.begin_pass(n_tokens, token_ids, rows)
+        self._guard.begin_pass(n_tokens, token_ids, rows)
 
     def hint(self, token_ids: Ints) -> None:
         """These tokens [n] are expected after those of this pass; see `Predictor.hint`."""
-        self._predictor.hint(token_ids)
+        self._guard.hint(token_ids)
 
     def observe(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
         """The tokens have chosen so, both [T, K] on the CPU; for predictors that learn from it."""
         if self._observes and not self.rests(layer):
-            weights = top_k_weights.detach().float().numpy()
-            self._predictor.observe(layer, top_k_index.detach().numpy(), weights)
+            experts, weights = top_k_index.detach().numpy(), top_k_weights.detach().float().numpy()
+            # They may be the step's own memory.
+            experts.flags.writeable = weights.flags.writeable = False
+            self._guard.observe(layer, experts, weights)
 
     def step(self, layer: int, hidden: torch.Tensor) -> None:
         """The experts of `layer` are given `hidden` [T, D]: ask for what later layers will need. Starts nothing."""
         if self.rests(layer):
             return
         with torch.inference_mode():
-            for prediction in self._predictor.step(layer, hidden):
+            for prediction in self._guard.step(layer, hidden):
                 self._ask(_Look.STEP, prediction, len(hidden))
 
     def enters(self, layer: int) -> bool:
@@ -101,7 +107,7 @@ class LookAhead:
         if self._is_idle(layer):
             return
         with torch.inference_mode():
-            prediction = self._predictor.enter(layer, residual)
+            prediction = self._guard.enter(layer, residual)
             if prediction is not None:
                 self._ask(_Look.ENTRY, prediction, len(residual))
 
@@ -117,7 +123,7 @@ class LookAhead:
         return self._is_idle(layer) and self._is_idle(min(layer + 1, len(self._layers) - 1))
 
     def _is_idle(self, layer: int) -> bool:
-        return not self._trial.is_on or self._is_complete(layer)
+        return not self._guard.is_on or not self._trial.is_on or self._is_complete(layer)
 
     def _is_complete(self, layer: int) -> bool:
         """Whether there is nothing to bring up: predicting costs time too."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from moert.policies import Policy, make_policy
+from moert.simulate.ahead import Chances
 from moert.simulate.events import Events, Ints
 from moert.turnover import turn_over
 from moert.types import ExpertId
@@ -30,8 +31,12 @@ class GeneralReplay:
         needs_future: bool,
         sizes: npt.NDArray[np.int64] | None = None,
         bypass: bool = False,
+        ahead: Iterator[Chances] | None = None,
     ) -> None:
-        """Caches of `capacity` [C] experts, or bytes if `sizes` [L] are given, empty until `restart`."""
+        """Caches of `capacity` [C] experts, or bytes if `sizes` [L] are given, empty until `restart`.
+
+        `ahead`: of each event to come, what is predicted for those after it.
+        """
         self._text = policy
         self.needs_future = needs_future
         self._capacity = [int(one) for one in capacity]
@@ -42,6 +47,7 @@ class GeneralReplay:
             by_layer = sizes.tolist()
             self._size = lambda expert: int(by_layer[expert.layer])
         self._bypass = bypass
+        self._ahead = ahead
         self._caches: list[_Cache] = []
         if not needs_future:
             self.restart(())
@@ -67,6 +73,8 @@ class GeneralReplay:
             cache.begin_sequence(int(events.sequence[number]))
             if events.scores is not None:
                 cache.policy.observe_scores(int(events.layer[number]), self._scores(events, number))
+            if self._ahead is not None and (chances := next(self._ahead)):
+                cache.policy.observe_ahead(int(events.layer[number]), chances)
             event = self._experts(events, number)
             step = cache.step_with_bypass if self._bypass else cache.step
             hits[number], transfers[number] = step(event)

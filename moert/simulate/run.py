@@ -12,8 +12,9 @@ import numpy as np
 
 from moert.errors import ConfigError
 from moert.plugins import load_plugin
-from moert.policies import Policy
+from moert.policies import Policy, make_policy
 from moert.simulate._rankings import NEVER
+from moert.simulate.ahead import look_ahead
 from moert.simulate.capacity import Caches, Scope, expert_sizes, parse_capacity, plan_caches
 from moert.simulate.events import (
     Count,
@@ -76,6 +77,8 @@ class Setup:
     """Whether caches and policies start anew with each sequence, or batch of sequences that run together."""
     bypass: bool = False
     """Misses that the policy does not want are computed without a slot, and the others admitted after the event."""
+    predictor: str | None = None
+    """What a policy that looks ahead is told by: `"joint"`, `"oracle,accept=0.7"`. None: it is told nothing."""
 
     def __post_init__(self) -> None:
         for option, known in (("scope", ("layer", "global")), ("reset", ("sequence", "never"))):
@@ -94,6 +97,7 @@ def simulate(
     batch: int = 1,
     atomic: bool = True,
     bypass: bool = False,
+    predictor: str | None = None,
     expert_bytes: int | Sequence[int] | None = None,
     name: str | None = None,
     keep_events: bool = False,
@@ -109,7 +113,7 @@ def simulate(
         policy: as everywhere: `"ema,alpha=0.05"`, `"package.module:Class"`.
         capacity: `"25%"`; 16 or `"16"` experts, of each layer or of the one cache; or `"4GiB"` for the whole model,
             divided among the layers as the engine does it.
-        scope, reset, bypass: see `Setup`.
+        scope, reset, bypass, predictor: see `Setup`.
         count, batch, atomic: see `moert.simulate.events.Reading`.
         expert_bytes: of one expert, or [L]; None: as the trace says.
         name: of the trace in the result.
@@ -117,12 +121,13 @@ def simulate(
         fast: whether compiled code may stand for the policy objects. The results are the same.
 
     Raises:
-        ConfigError: an option that makes no sense, a trace in which nothing counts, or sizes that are unknown.
+        ConfigError: an option that makes no sense, a trace in which nothing counts, sizes that are unknown, or a
+            predictor that cannot be told what it needs.
         CapacityError: a cache of less than one expert.
         CorruptFileError: the trace contradicts itself.
     """
     source = EventSource(trace, Reading(count, batch, atomic), name)
-    setup = Setup(scope, reset, bypass)
+    setup = Setup(scope, reset, bypass, predictor)
     return replay(source, policy, capacity, setup, expert_bytes=expert_bytes, keep_events=keep_events, fast=fast)
 
 
@@ -215,6 +220,11 @@ def _replayer(
     has_scores = scores_matter(source, plugin)
     if has_scores:
         chunks = EventSource(source.source, replace(source.reading, scores=True))
+    ahead = None
+    if setup.predictor is not None and (tokens := make_policy(policy, 1, future=()).tokens_ahead):
+        resets = setup.reset == "sequence"
+        ahead = look_ahead(source.source, source.reading, setup.predictor, tokens, anew=resets)
+    fast = fast and ahead is None
     if fast and not caches.in_bytes and FastReplay.serves(plugin, has_scores=has_scores, bypass=setup.bypass):
         return FastReplay(plugin, parameters, caches.capacity, bases, setup.scope, bypass=setup.bypass), source
     return (
@@ -226,6 +236,7 @@ def _replayer(
             needs_future=kind.needs_future,
             sizes=sizes if caches.in_bytes else None,
             bypass=setup.bypass,
+            ahead=ahead,
         ),
         chunks,
     )

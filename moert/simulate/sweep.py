@@ -50,6 +50,7 @@ def sweep(
     batch: int = 1,
     atomic: bool = True,
     bypass: bool = False,
+    predictor: str | None = None,
     expert_bytes: int | Sequence[int] | None = None,
     n_jobs: int | None = None,
     progress: Progress | None = None,
@@ -75,7 +76,7 @@ def sweep(
         if not given or isinstance(given, str):
             raise ConfigError(f"{kind}={given!r} must be a list with something in it")
     reading = Reading(count, batch, atomic)
-    setups = [Setup(scope, reset, bypass) for scope in scopes]
+    setups = [Setup(scope, reset, bypass, predictor) for scope in scopes]
     cells = []
     for policy in policies:
         make_policy(policy, 1, future=())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from moert.errors import CapacityError, ConfigError
 from moert.policies import Policy, make_policy
 from moert.schedule import Costs, Item, Place, Promotion, Schedule, Scheduler, make_scheduler, makespan
+from moert.simulate.ahead import Chances, Worths, look_ahead
 from moert.simulate.bound import least_seconds
 from moert.simulate.capacity import expert_sizes, parse_capacity, plan_caches
 from moert.simulate.events import Count, Reading, TraceSource, open_trace
@@ -87,6 +88,7 @@ def simulate_time(
     batch: int = 1,
     expert_bytes: int | Sequence[int] | None = None,
     residents: Iterable[ExpertId] | None = None,
+    predictor: str | None = None,
 ) -> Timed:
     """Replay a trace event by event on a machine whose times are `costs`.
 
@@ -106,6 +108,7 @@ def simulate_time(
         capacity: experts of each layer, a share of them, or bytes for all (`moert.simulate.simulate`).
         residents: what is cached when the first event begins that counts, such as a profile's hottest experts; None:
             what the events before it left.
+        predictor: what a policy that looks ahead is told by; it takes no time itself. None: it is told nothing.
 
     Raises:
         ConfigError: an option that makes no sense, or nothing counts.
@@ -124,6 +127,10 @@ def simulate_time(
         has_scores = scores_matter(source, policy.partition(",")[0].strip())
         events = list(read_steps(opened, Reading(count, batch, scores=has_scores)))
     replay = _Replay(header, events, policy, [int(n) for n in caches.capacity], by_layer, scheduler, layer_s, promotion)
+    if predictor is not None and (ahead := replay.tokens_ahead):
+        replay.ahead = look_ahead(trace, source.reading, predictor, ahead)
+        if promotion is not None:
+            promotion.rate = Worths(promotion.rate, replay.policies)
     for event in events:
         if event.is_counted and residents is not None:
             replay.put(residents)
@@ -179,10 +186,13 @@ class _Replay:
         self._promotion = promotion if self._has_device else None
         self._layer_s = layer_s
         self._capacity = capacity
-        self._policies: list[Policy] = []
+        self.policies: list[Policy] = []
         for layer, n in enumerate(capacity):
             future = ([*event.experts] for event in events if event.layer == layer)
-            self._policies.append(make_policy(policy, n, future=future))
+            self.policies.append(make_policy(policy, n, future=future))
+        self.tokens_ahead = max((one.tokens_ahead for one in self.policies), default=0)
+        self.ahead: Iterator[Chances] | None = None
+        """Of each event to come, what is predicted for those after it."""
         self._residents: list[set[ExpertId]] = [set() for _ in header.layers]
         self._known: dict[tuple[int, int, int], _Run] = {}
         self._same_costs = [costs.index(one) for one in costs]
@@ -194,9 +204,11 @@ class _Replay:
 
     def step(self, event: Event) -> None:
         """One event."""
-        policy, residents = self._policies[event.layer], self._residents[event.layer]
+        policy, residents = self.policies[event.layer], self._residents[event.layer]
         if event.scores is not None:
             policy.observe_scores(event.layer, event.scores)
+        if self.ahead is not None and (chances := next(self.ahead)):
+            policy.observe_ahead(event.layer, chances)
         policy.access(event.experts)
         if self._promotion is not None:
             self._promotion.observe(event.experts)
@@ -214,14 +226,14 @@ class _Replay:
         Raises:
             CapacityError: they are too many.
         """
-        for policy, residents in zip(self._policies, self._residents, strict=True):
+        for policy, residents in zip(self.policies, self._residents, strict=True):
             for expert in residents:
                 policy.evict(expert)
             residents.clear()
         for expert in sorted(set(experts)):
             if len(self._residents[expert.layer]) == self._capacity[expert.layer]:
                 raise CapacityError(f"layer {expert.layer} has {self._capacity[expert.layer]} slots for its residents")
-            self._policies[expert.layer].admit(expert)
+            self.policies[expert.layer].admit(expert)
             self._residents[expert.layer].add(expert)
 
     def _time(self, event: Event, misses: list[ExpertId], policy: Policy, residents: set[ExpertId]) -> None:
@@ -305,7 +317,7 @@ class _Replay:
     def _weakest(self, layer: int) -> ExpertId | None:
         if len(self._residents[layer]) < self._capacity[layer]:
             return None
-        return self._policies[layer].victim(frozenset())
+        return self.policies[layer].victim(frozenset())
 
     def _promote_until(self, now: float) -> None:
         """Chunks of promotions while the link is idle before `now`; a fetch waits for the end of the last."""
@@ -324,7 +336,7 @@ class _Replay:
     def _install(self) -> None:
         assert self._promotion is not None
         for expert, victim in self._promotion.install(lambda expert: self._weakest(expert.layer)):
-            policy, residents = self._policies[expert.layer], self._residents[expert.layer]
+            policy, residents = self.policies[expert.layer], self._residents[expert.layer]
             if victim is not None:
                 policy.evict(victim)
                 residents.remove(victim)
