@@ -153,6 +153,9 @@ class PredictorGuard:
             raise _Fault(f"predicts layer {_short(layer)}, of {len(self._sizes)} layers")
         size = self._sizes[layer]
         for what, values in (("expert", experts), ("rank", ranks)):
+            # Almost always so, and sooner seen than one by one.
+            if set(map(type, values)) <= {int} and (not values or (min(values) >= 0 and max(values) < size)):
+                continue
             for value in values:
                 if not _is_id(value, size):
                     raise _Fault(f"names {what} {_short(value)} in layer {layer}, of {size} experts")
