@@ -38,6 +38,20 @@ from families.checks import (
 
 import moert
 
+QUICK_IN_BF16 = {
+    "olmoe",
+    "qwen3_moe",
+    "deepseek_v3",
+    "deepseek_v4",
+    "gpt_oss",
+    "glm4_moe",
+    "dbrx",
+    "longcat_flash",
+    "step3p7",
+    "diffusion_gemma",
+}
+"""Families of different kinds; in bf16 the others are left to the slow tests."""
+
 
 @pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
 def test_load_is_transparent(family: str, zoo: Zoo) -> None:
@@ -53,7 +67,10 @@ def test_load_is_transparent(family: str, zoo: Zoo) -> None:
         moert.close(model)
 
 
-@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=() if family in QUICK_IN_BF16 else pytest.mark.slow) for family in SUPPORTED_FAMILIES],
+)
 def test_load_in_bf16_keeps_each_experts_dtype(family: str, zoo: Zoo) -> None:
     specimen = zoo.specimen(family, torch.bfloat16)
     model = moert.load(specimen.path, host_memory="25%", dtype=torch.bfloat16)
