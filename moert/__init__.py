@@ -21,7 +21,7 @@ from moert.errors import (
 )
 
 if TYPE_CHECKING:
-    from moert.api import OffloadConfig, close, load, patch, record, reset_stats, resize, stats, unpatch
+    from moert.api import OffloadConfig, close, follow, load, patch, record, reset_stats, resize, stats, unpatch
 
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     # torch's threads spin for milliseconds after each operation, on the cores that moert's compute with; this leaves
@@ -42,6 +42,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "close",
+    "follow",
     "load",
     "patch",
     "record",
@@ -51,7 +52,9 @@ __all__ = [
     "unpatch",
 ]
 
-_LAZY = frozenset({"OffloadConfig", "close", "load", "patch", "record", "reset_stats", "resize", "stats", "unpatch"})
+_LAZY = frozenset(
+    {"OffloadConfig", "close", "follow", "load", "patch", "record", "reset_stats", "resize", "stats", "unpatch"}
+)
 
 
 def __getattr__(name: str) -> object:

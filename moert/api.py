@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import moert.hf  # noqa: F401  # registers the quantizer plug-in, so that OffloadConfig works with from_pretrained
 from moert.config import OffloadConfig, parse_budget
 from moert.errors import ConfigError, KernelUnavailableError
-from moert.hf import loading, patching, recording
+from moert.hf import following, loading, patching, recording
 from moert.hf import model as _model
 from moert.runtime.host_tier import Resized
 from moert.runtime.stats import Stats
@@ -19,9 +19,21 @@ from moert.runtime.stats import Stats
 if TYPE_CHECKING:
     from torch import nn
 
-    from moert.trace.trace import Trace
+    from moert.trace.trace import Trace, TraceLike
 
-__all__ = ["OffloadConfig", "Progress", "close", "load", "patch", "record", "reset_stats", "resize", "stats", "unpatch"]
+__all__ = [
+    "OffloadConfig",
+    "Progress",
+    "close",
+    "follow",
+    "load",
+    "patch",
+    "record",
+    "reset_stats",
+    "resize",
+    "stats",
+    "unpatch",
+]
 
 Model = TypeVar("Model", bound="nn.Module")
 
@@ -182,6 +194,29 @@ def record(
     """
     with recording.record(model, path, scores=scores, weights=weights) as (trace, _):
         yield trace
+
+
+@contextmanager
+def follow(model: nn.Module, trace: TraceLike) -> Iterator[None]:
+    """Have the model's tokens choose the experts that `trace` says, with its weights, within the `with` statement.
+
+    So that a model of random weights, whose routers know nothing, moves experts as a real one does: hit rates and times
+    are those of the trace's texts, while what the model says means nothing. The routers run all the same. Any model
+    that `record` can record, patched or not; a recording made within has the trace's picks. Predictors that go by
+    hidden states have nothing to go by.
+
+    The first sequence that begins in the model, a row of a batch for one, follows the trace's first sequence from its
+    first token on, the next one the second; after the last one comes the first again, and so it is with the tokens of
+    a sequence. A token that is taken back is followed again. Of a trace with more layers the first ones count. Where a
+    trace has no weights, a token's picks have all the same.
+
+    Raises:
+        UnsupportedModelError: the model has no experts that moert can run.
+        ConfigError: the trace has no sequences, fewer layers than the model, or more experts in one of them.
+        MoertError: in a forward pass, for a model whose experts are not given all of its tokens.
+    """
+    with following.follow(model, trace):
+        yield
 
 
 def close(model: nn.Module) -> None:
