@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 GRACE_S = 5.0
 MACHINE_S = 90.0
 SANITIZERS = ("memcheck", "racecheck")
-TESTS = ("test_device_experts.py", "test_triton_*.py")
+TESTS = ("test_device_experts*.py", "test_triton_*.py")
 
 
 @dataclass(frozen=True)

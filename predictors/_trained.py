@@ -103,10 +103,12 @@ def load_trained(path: str | Path, predictor: str, model: Model) -> Trained:
     """The file at `path`, if it holds a `predictor` for `model`. Blocks.
 
     Raises:
-        ConfigError: it holds another predictor, or one for another model; both are named.
+        ConfigError: `path` is empty; or it holds another predictor, or one for another model; both are named.
         CorruptFileError: it is malformed.
         TransferError: it cannot be read.
     """
+    if not path:
+        raise ConfigError(f"predictor {predictor} needs a file that `moert train-predictor` wrote: file=PATH")
     found = read_trained(path)
     if found.about.predictor != predictor:
         raise ConfigError(

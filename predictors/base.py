@@ -184,7 +184,7 @@ class Predictor:
         for later in range(layer + 1, min(layer + 1 + self.ahead, self.model.num_layers)):
             scores = self.scores(later)
             if scores is not None:
-                prediction = self._best(later, scores)
+                prediction = self.best(later, scores)
                 if prediction.experts:
                     found.append(prediction)
         return found
@@ -210,7 +210,7 @@ class Predictor:
         """Free what is not plain memory. Idempotent."""
         return
 
-    def _best(self, layer: int, scores: Floats) -> Prediction:
+    def best(self, layer: int, scores: Floats) -> Prediction:
         """The best of `scores` that are above 0."""
         n = min(len(scores), int(MARGIN * self.model.top_k[layer]))
         order = np.argpartition(-scores, n - 1)[:n] if 0 < n < len(scores) else np.arange(len(scores))

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moert.errors import ConfigError
 from moert.predictors._routing_path import PathState, RoutingPath, read_network
 from moert.predictors._trained import Trained, load_trained
 from moert.predictors.base import Floats, Ints, Model, Need, Predictor
@@ -53,8 +52,6 @@ class ExpertFlow(Predictor):
             TransferError: it cannot be read.
         """
         super().__init__(model)
-        if not file:
-            raise ConfigError("predictor expertflow needs a file that `moert train-predictor` wrote: file=PATH")
         self.ahead = ahead
         trained = load_trained(file, "expertflow", model)
         self._ids: Ints = trained.tensor(_IDS, np.int64, (None,))

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moert.errors import ConfigError
 from moert.predictors._routing_path import PathState, read_network
 from moert.predictors._trained import load_trained
 from moert.predictors.base import Floats, Ints, Model, Need, Predictor
@@ -46,8 +45,6 @@ class ExpertFlowRouting(Predictor):
             TransferError: it cannot be read.
         """
         super().__init__(model)
-        if not file:
-            raise ConfigError("predictor expertflow_routing needs a file that `moert train-predictor` wrote: file=PATH")
         self.ahead = ahead
         trained = load_trained(file, "expertflow_routing", model)
         outputs, picks = sum(trained.about.num_experts), sum(trained.about.top_k)

@@ -7,7 +7,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from moert.errors import ConfigError
 from moert.predictors._ranking import rank
 from moert.predictors._trained import load_trained
 from moert.predictors.base import Floats, Model, Need, Prediction, Predictor, Router
@@ -45,8 +44,6 @@ class PreAttention(Predictor):
             TransferError: it cannot be read.
         """
         super().__init__(model)
-        if not file:
-            raise ConfigError("predictor pre_attention needs a file that `moert train-predictor` wrote: file=PATH")
         trained = load_trained(file, "pre_attention", model)
         layers, most = len(trained.about.num_experts), max(trained.about.num_experts)
         weight = torch.from_numpy(trained.tensor("weight", np.float16, (layers, most, None)).astype(np.float32))
@@ -72,7 +69,7 @@ class PreAttention(Predictor):
             return None
         self._entered = (layer, scores)
         if len(residual) == 1:
-            return self._best(layer, scores)
+            return self.best(layer, scores)
         found = rank(layer, known, scaled)
         return found._replace(probabilities=scores[found.experts].tolist())
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from moert.errors import ConfigError, CorruptFileError
+from moert.errors import CorruptFileError
 from moert.predictors._trained import Trained, load_trained
 from moert.predictors.base import Floats, Ints, Model, Need, Predictor
 
@@ -40,8 +40,6 @@ class TokenTable(Predictor):
             TransferError: it cannot be read.
         """
         super().__init__(model)
-        if not file:
-            raise ConfigError("predictor token_table needs a file that `moert train-predictor` wrote: file=PATH")
         self.ahead = ahead
         self.table = Table(load_trained(file, "token_table", model))
         self._rows: Ints | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from report_support import write
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moert.cli import main
@@ -89,6 +90,32 @@ class Cli:
         code = main([str(argument) for argument in arguments])
         out, err = self._capfd.readouterr()
         return Ran(code, out, err)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """A command line 100 columns wide."""
+    monkeypatch.setenv("COLUMNS", "100")
+    return Cli(capfd)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A trace file, alone in a folder."""
+    return write(tmp_path / "tiny.safetensors")
+
+
+def document_of(cli: Cli, *arguments: object) -> dict[str, Any]:
+    """What a run that ends well prints as JSON."""
+    ran = cli(*arguments, "--json")
+    assert ran.code == 0, ran.err
+    return ran.document
+
+
+def rows_of(cli: Cli, *arguments: object) -> list[dict[str, Any]]:
+    """The rows of such a run's results."""
+    found: list[dict[str, Any]] = document_of(cli, *arguments)["results"]
+    return found
 
 
 @cache

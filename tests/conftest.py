@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from families import Zoo
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Models as small as these gain nothing by more, and where several processes test, torch's threads spend most of their
+# time waiting for one another. Read when torch is imported, and by what tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -5,36 +5,20 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
+import cli_support
 import pytest
-from cli_support import Cli, checkpoint
+from cli_support import Cli, checkpoint, rows_of
 from report_support import trace, write
 
 from moert.predict import Recording, Study, evaluate, halves
 from moert.predictors._choice import predictor_names
 
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    monkeypatch.setenv("COLUMNS", "100")
-    return Cli(capfd)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return write(tmp_path / "tiny.safetensors")
-
-
-def rows_of(cli: Cli, *arguments: object) -> list[dict[str, Any]]:
-    ran = cli("predict", *arguments, "--json")
-    assert ran.code == 0, ran.err
-    found: list[dict[str, Any]] = ran.document["results"]
-    return found
+cli, path = cli_support.cli, cli_support.path
 
 
 def test_rows_are_those_of_the_evaluation(cli: Cli, path: Path) -> None:
-    rows = rows_of(cli, path, "--predictor", "joint,speed=0.2,oracle", "--layers", "1,2", "--tokens", "3")
+    rows = rows_of(cli, "predict", path, "--predictor", "joint,speed=0.2,oracle", "--layers", "1,2", "--tokens", "3")
     assert {row["predictor"] for row in rows} == {"joint,speed=0.2", "oracle"}
     one = Recording.of_trace(trace(), "tiny.safetensors")
     first, second = halves(one)
@@ -51,7 +35,7 @@ def test_rows_are_those_of_the_evaluation(cli: Cli, path: Path) -> None:
 def test_across_traces_each_trains_for_the_other(cli: Cli, path: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "other.safetensors", trace(num_sequences=2))
     strange = write(tmp_path / "strange.safetensors", trace(layers=2))
-    rows = rows_of(cli, path, other, strange, "--predictor", "frequency", "--train", "same,other,nothing")
+    rows = rows_of(cli, "predict", path, other, strange, "--predictor", "frequency", "--train", "same,other,nothing")
     assert {(row["trace"], row["trained_on"]) for row in rows} == {
         (name, trained)
         for name, others in (
@@ -77,7 +61,9 @@ def test_a_model_runs_and_has_hidden_states(cli: Cli, tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "model", "olmoe")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("def main(path):\nreturn None\n")
-    rows = rows_of(cli, folder, "--prompts", prompts, "--max-new-tokens", 6, "--predictor", "gate_ahead,joint,lookup")
+    rows = rows_of(
+        cli, "predict", folder, "--prompts", prompts, "--max-new-tokens", 6, "--predictor", "gate_ahead,joint,lookup"
+    )
     assert {row["predictor"] for row in rows} == {"gate_ahead", "joint", "lookup"}
     (row,) = (row for row in rows if row["predictor"] == "gate_ahead" and row["ahead_layers"] == 1)
     assert row["answered"] == 1
@@ -172,7 +158,7 @@ def test_the_predictor_of_the_documentation_works(
     (tmp_path / "documented_predictor.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     own, known = "documented_predictor:Last", "previous_token"
-    rows = rows_of(cli, path, "--predictor", f"{own},{known}", "--train", "nothing")
+    rows = rows_of(cli, "predict", path, "--predictor", f"{own},{known}", "--train", "nothing")
     recalls = {row["predictor"]: row["recall"]["k"] for row in rows if row["ahead_tokens"] == 1}
     assert recalls[own] == pytest.approx(recalls[known], abs=0.01), "but for the first tokens of sequences"
 

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cli_support
 import numpy as np
 import pytest
-from cli_support import Cli, checkpoint
+from cli_support import Cli, checkpoint, rows_of
 from report_support import EXPERT_BYTES, EXPERTS, LAYERS, TOP_K, routing, trace, write
 
 from moert.cli.traces import names_of
@@ -44,26 +45,11 @@ KEYS = {
 }
 
 
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    monkeypatch.setenv("COLUMNS", "100")
-    return Cli(capfd)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return write(tmp_path / "tiny.safetensors")
-
-
-def rows_of(cli: Cli, *arguments: object) -> list[dict[str, Any]]:
-    ran = cli("simulate", *arguments, "--json")
-    assert ran.code == 0, ran.err
-    found: list[dict[str, Any]] = ran.document["results"]
-    return found
+cli, path = cli_support.cli, cli_support.path
 
 
 def test_rows_are_those_of_the_simulator(cli: Cli, path: Path) -> None:
-    rows = rows_of(cli, path, "--policy", "lru,ema,alpha=0.05", "--capacity", "25%,8", "--budget", "30MiB")
+    rows = rows_of(cli, "simulate", path, "--policy", "lru,ema,alpha=0.05", "--capacity", "25%,8", "--budget", "30MiB")
     assert all(row.keys() >= KEYS for row in rows)
     assert {row["trace"] for row in rows} == {"tiny.safetensors"}
     for row in rows:
@@ -85,7 +71,7 @@ def test_rows_are_those_of_the_simulator(cli: Cli, path: Path) -> None:
 
 
 def test_min_stands_beside_and_nothing_passes_it(cli: Cli, path: Path) -> None:
-    rows = rows_of(cli, path, "--policy", ",".join(name for name in policy_names() if name != "min_bypass"))
+    rows = rows_of(cli, "simulate", path, "--policy", ",".join(name for name in policy_names() if name != "min_bypass"))
     by_size: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_size.setdefault(row["capacity"], []).append(row)
@@ -106,7 +92,7 @@ def test_min_stands_beside_and_nothing_passes_it(cli: Cli, path: Path) -> None:
 
 
 def test_min_is_the_bound_where_every_step_fits_and_counts(cli: Cli, path: Path) -> None:
-    rows = rows_of(cli, path, "--policy", "lru", "--capacity", "100%,15", "--count", "all")
+    rows = rows_of(cli, "simulate", path, "--policy", "lru", "--capacity", "100%,15", "--count", "all")
     for row in rows:
         if row["policy"] == "belady":
             assert row["misses"] == row["min_misses"]
@@ -116,14 +102,14 @@ def test_min_is_the_bound_where_every_step_fits_and_counts(cli: Cli, path: Path)
 
 
 def test_bypass_has_the_bound_that_goes_with_it(cli: Cli, path: Path) -> None:
-    rows = rows_of(cli, path, "--policy", "ema", "--capacity", "25%", "--bypass")
+    rows = rows_of(cli, "simulate", path, "--policy", "ema", "--capacity", "25%", "--bypass")
     assert [row["policy"] for row in rows] == ["min_bypass", "ema"]
     assert rows[0]["misses"] <= rows[1]["misses"]
 
 
 def test_options_reach_the_simulator(cli: Cli, path: Path) -> None:
     options = ("--scope", "global", "--reset", "sequence", "--count", "all", "--batch", "2", "--expert-bytes", "3MiB")
-    rows = rows_of(cli, path, "--policy", "lfu", "--capacity", "12", *options, "--jobs", "2")
+    rows = rows_of(cli, "simulate", path, "--policy", "lfu", "--capacity", "12", *options, "--jobs", "2")
     assert [(row["policy"], row["scope"]) for row in rows] == [("belady", "global"), ("lfu", "global")]
     same = simulate(path, "lfu", 12, scope="global", reset="sequence", count="all", batch=2, expert_bytes=3 << 20)
     assert (rows[1]["hits"], rows[1]["bytes_moved"]) == (same.hits, same.bytes_moved)
@@ -132,7 +118,9 @@ def test_options_reach_the_simulator(cli: Cli, path: Path) -> None:
 
 def test_files_of_other_programs_are_imported_on_the_way(cli: Cli, tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", experts_000=routing(1, 40).astype(np.uint8))
-    rows = rows_of(cli, tmp_path / "other.npz", "--experts", EXPERTS, "--policy", "lru", "--capacity", "25%")
+    rows = rows_of(
+        cli, "simulate", tmp_path / "other.npz", "--experts", EXPERTS, "--policy", "lru", "--capacity", "25%"
+    )
     assert {row["capacity_experts"] for row in rows} == {4 * LAYERS}
     assert {row["accesses"] for row in rows} == {40 * LAYERS * TOP_K}
     assert all(row["bytes_moved"] is None and row["hit_rate_low"] is None for row in rows)
@@ -145,7 +133,7 @@ def test_traces_of_the_same_name_are_told_apart(cli: Cli, tmp_path: Path) -> Non
     for path in paths:
         path.parent.mkdir()
         write(path, trace(num_sequences=2))
-    rows = rows_of(cli, *paths, "--policy", "fifo", "--capacity", "4")
+    rows = rows_of(cli, "simulate", *paths, "--policy", "fifo", "--capacity", "4")
     assert list(dict.fromkeys(row["trace"] for row in rows)) == ["a/t.safetensors", "b/t.safetensors"]
     assert names_of([Path("x/t"), Path("x/t")]) == ["x/t (1)", "x/t (2)"]
 
@@ -171,7 +159,7 @@ def lru_k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_a_policy_in_one_file_of_ones_own(lru_k: str, cli: Cli, path: Path) -> None:
-    rows = rows_of(cli, path, "--policy", f"{lru_k},{lru_k},k=1,lru", "--capacity", "25%,50%")
+    rows = rows_of(cli, "simulate", path, "--policy", f"{lru_k},{lru_k},k=1,lru", "--capacity", "25%,50%")
     assert {row["policy"] for row in rows} == {lru_k, f"{lru_k},k=1", "lru", "belady"}
     hits = {(row["policy"], row["capacity"]): row["hits"] for row in rows if not row["aside"]}
     for capacity in ("25%", "50%"):
@@ -254,7 +242,7 @@ def test_there_are_no_more_processes_than_cores(cli: Cli, path: Path, monkeypatc
 
 
 def test_a_huge_budget_holds_everything(cli: Cli, path: Path) -> None:
-    rows = rows_of(cli, path, "--policy", "lru", "--budget", "900TiB", "--capacity", "1000000000000")
+    rows = rows_of(cli, "simulate", path, "--policy", "lru", "--budget", "900TiB", "--capacity", "1000000000000")
     assert {row["capacity_experts"] for row in rows} == {LAYERS * EXPERTS}
     assert all(row["misses"] <= row["compulsory_misses"] for row in rows)
 
@@ -277,7 +265,7 @@ def test_bad_traces(cli: Cli, path: Path, tmp_path: Path) -> None:
 def test_a_trace_of_prompts_only_has_nothing_that_counts(cli: Cli, tmp_path: Path) -> None:
     path = write(tmp_path / "prompts.safetensors", trace(num_tokens=8, prompt=8))
     assert "prompts.safetensors: nothing counts" in cli("simulate", path).error
-    assert rows_of(cli, path, "--count", "all", "--policy", "lru", "--capacity", "50%")
+    assert rows_of(cli, "simulate", path, "--count", "all", "--policy", "lru", "--capacity", "50%")
 
 
 def test_no_trace_at_all(cli: Cli) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import cli_support
 import numpy as np
 import pytest
-from cli_support import Cli, checkpoint
+from cli_support import Cli, checkpoint, document_of
 from hypothesis import given
 from hypothesis import strategies as st
 from report_support import EXPERT_BYTES, EXPERTS, LAYERS, TOP_K, routing, trace, write
@@ -21,15 +21,7 @@ from moert.trace import Sequence, Trace
 pytestmark = pytest.mark.xdist_group("compiled")
 
 
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    monkeypatch.setenv("COLUMNS", "100")
-    return Cli(capfd)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return write(tmp_path / "tiny.safetensors")
+cli, path = cli_support.cli, cli_support.path
 
 
 @pytest.fixture
@@ -37,15 +29,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.getbasetemp() / "cli"
 
 
-def document_of(cli: Cli, *arguments: object) -> dict[str, Any]:
-    ran = cli("suit", *arguments, "--json")
-    assert ran.code == 0, ran.err
-    found: dict[str, Any] = ran.document
-    return found
-
-
 def test_forecasts_are_those_of_the_simulator(cli: Cli, path: Path) -> None:
-    document = document_of(cli, path)
+    document = document_of(cli, "suit", path)
     slots = [one["slots"] for one in document["forecasts"]]
     assert slots == [2, 3, 4, 5, 6, 8, 12, 16], "multiples of two experts a token, three quarters and all of sixteen"
     for one in document["forecasts"]:
@@ -65,7 +50,7 @@ def test_forecasts_are_those_of_the_simulator(cli: Cli, path: Path) -> None:
 
 
 def test_the_verdict_says_what_was_found(cli: Cli, path: Path) -> None:
-    document = document_of(cli, path)
+    document = document_of(cli, "suit", path)
     verdict = " ".join(document["verdict"])
     at_two = document["at_two"]
     assert "At 2x the experts that a token activates, 4 of 16 in each layer" in verdict
@@ -86,7 +71,7 @@ def test_a_model_that_chooses_at_random_hardly_suits(cli: Cli, tmp_path: Path) -
     rng = np.random.default_rng(0)
     experts = np.argsort(rng.random((600, LAYERS, EXPERTS)), axis=2)[:, :, :TOP_K].astype(np.int32)
     sequence = Sequence(experts, np.arange(600), np.ones(600, np.uint8))
-    document = document_of(cli, write(tmp_path / "random", Trace(made.header, [sequence])))
+    document = document_of(cli, "suit", write(tmp_path / "random", Trace(made.header, [sequence])))
     assert document["suits"] == "hardly"
     # Which experts a cache holds is then all the same, but for those a step has just admitted.
     for one in document["forecasts"]:
@@ -95,15 +80,15 @@ def test_a_model_that_chooses_at_random_hardly_suits(cli: Cli, tmp_path: Path) -
 
 def test_a_trace_of_prompts_is_counted_whole(cli: Cli, tmp_path: Path) -> None:
     path = write(tmp_path / "prompts", trace(num_tokens=8, prompt=8))
-    assert document_of(cli, path)["counted"] == "all"
+    assert document_of(cli, "suit", path)["counted"] == "all"
 
 
 def test_files_of_other_programs(cli: Cli, tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", experts_000=routing(1, 40).astype(np.uint8))
-    document = document_of(cli, tmp_path / "other.npz", "--experts", EXPERTS)
+    document = document_of(cli, "suit", tmp_path / "other.npz", "--experts", EXPERTS)
     assert document["at_two"]["nbytes"] is None
     assert document["forecasts"][0]["interval"] is None
-    assert document_of(cli, tmp_path / "other.npz", "--experts", EXPERTS, "--expert-bytes", "2MiB")["at_two"][
+    assert document_of(cli, "suit", tmp_path / "other.npz", "--experts", EXPERTS, "--expert-bytes", "2MiB")["at_two"][
         "nbytes"
     ] == 4 * LAYERS * (2 << 20)
 
@@ -112,7 +97,7 @@ def test_a_model_runs_over_a_text(cli: Cli, root: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one two\n\nthree\n")
     document = document_of(
-        cli, checkpoint(root, "olmoe"), "--prompts", prompts, "--max-new-tokens", 6, "--host-memory", "50%"
+        cli, "suit", checkpoint(root, "olmoe"), "--prompts", prompts, "--max-new-tokens", 6, "--host-memory", "50%"
     )
     assert (document["sequences"], document["num_layers"], document["num_experts"]) == (2, 2, 8)
     assert document["counted"] == "decode"
@@ -122,7 +107,7 @@ def test_a_model_runs_over_a_text(cli: Cli, root: Path, tmp_path: Path) -> None:
 
 
 def test_the_seed_makes_intervals_repeatable(cli: Cli, path: Path) -> None:
-    first, again, other = (document_of(cli, path, "--seed", seed)["segments"] for seed in (1, 1, 2))
+    first, again, other = (document_of(cli, "suit", path, "--seed", seed)["segments"] for seed in (1, 1, 2))
     assert first == again
     assert first != other
     assert [one["srp"] for one in first] == [one["srp"] for one in other]

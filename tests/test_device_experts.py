@@ -10,27 +10,20 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
+import device_experts_support
 import pytest
 import torch
-import triton_support
+from device_experts_support import TOLERANCE, moved, own_experts, prompts, same
 from families import SUPPORTED_FAMILIES, build, experts_modules, greedy_tokens, inputs_for, logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moert
-from moert.errors import ConfigError, KernelUnavailableError, MoertError, UnsupportedModelError
-from moert.formats import TensorSpec
-from moert.hf.device_experts import DeviceExperts, check_layers
-from moert.kernels import _launch, grouped_gate_up
-from moert.kernels.gate import Gate
-from moert.policies import make_policy
-from moert.residency import Residency
-from moert.runtime import device_layer
-from moert.runtime.fused import FfnLayout, FusedExperts
-from moert.runtime.layer import LayerSpec
+from moert.hf.device_experts import DeviceExperts
+from moert.kernels import _launch
+
+device = device_experts_support.device
 
 # Biased, interleaved, clamped and transposed; with shared experts; transposed alone; with experts that return their
 # input; ungated. Those that are slow are as OLMoE is.
@@ -44,61 +37,6 @@ KERNEL_FAMILIES = (
     "longcat_flash",
     "nemotron_h",
 )
-
-# Sums are in another order than those of the model's own loop, in fp32 both.
-TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
-
-
-@pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where the experts are that the kernels compute."""
-    if request.param == "cuda":
-        return "cuda"
-    if not triton_support.INTERPRETED:
-        pytest.skip("triton's interpreter is off: there is a GPU")
-    monkeypatch.setattr(device_layer, "DEVICE_TYPES", {"cpu"})
-    return "cpu"
-
-
-@pytest.fixture
-def olmoe(device: str) -> Iterator[Any]:
-    """A patched OLMoE."""
-    model = build("olmoe").to(device)
-    moert.patch(model)
-    yield model
-    moert.close(model)
-
-
-def moved(inputs: dict[str, Any], device: str) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
-
-
-def prompts(family: str, model: Any, device: str, rows: int, length: int) -> dict[str, Any]:
-    inputs = inputs_for(family, model)
-    generator = torch.Generator().manual_seed(length)
-    inputs["input_ids"] = torch.randint(3, 90, (rows, length), generator=generator)
-    return moved(inputs, device)
-
-
-def same(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    """The same computation a second time. On a GPU transformers adds up in no fixed order."""
-    if got.is_cuda:
-        torch.testing.assert_close(got, wanted, **TOLERANCE)
-    else:
-        assert torch.equal(got, wanted)
-
-
-@torch.no_grad()
-def own_experts(module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Pick by pick, each by the model's own code with one token; nothing for ids that are no experts."""
-    out = torch.zeros(hidden.shape, dtype=torch.float64)
-    one = torch.ones(1, 1, device=hidden.device, dtype=weights.dtype)
-    for token, (row, of_row) in enumerate(zip(ids.tolist(), weights.tolist(), strict=True)):
-        for expert, weight in zip(row, of_row, strict=True):
-            if 0 <= expert < module.num_experts:
-                pick = torch.tensor([[expert]], device=hidden.device)
-                out[token] += weight * module(hidden[token : token + 1], pick, one)[0].double().cpu()
-    return out
 
 
 @pytest.mark.parametrize("family", KERNEL_FAMILIES)
@@ -173,6 +111,22 @@ def test_in_bf16_the_error_is_no_larger_than_that_of_transformers(family: str, d
         scale = exact[:tokens].norm()
         error = (got.double().cpu() - exact[:tokens]).norm() / scale
         assert error <= max(2**-8, 1.1 * float((own[:tokens].double().cpu() - exact[:tokens]).norm() / scale))
+    moert.close(model)
+
+
+def test_the_error_of_an_fp32_sum_is_small(device: str) -> None:
+    """Stated beside `TOLERANCE`: against fp64, a layer's output is off by less than 2e-6 of its length."""
+    model = build("olmoe").to(device)
+    path, module = experts_modules(model)[0]
+    torch.manual_seed(3)
+    hidden = torch.randn(24, 64, device=device)
+    ids = torch.rand(24, module.num_experts, device=device).topk(2).indices
+    weights = torch.rand(24, 2, device=device)
+    exact = own_experts(build("olmoe").double().get_submodule(path).to(device), hidden.double(), ids, weights.double())
+    moert.patch(model)
+    got = model.get_submodule(path)(hidden, ids, weights).double().cpu()
+    assert 0 < (got - exact).norm() / exact.norm() < 2e-6
+    assert math.isfinite(float(got.sum()))
     moert.close(model)
 
 
@@ -268,45 +222,6 @@ def test_a_graph_captures_a_step() -> None:
     moert.close(model)
 
 
-@pytest.mark.gpu
-def test_experts_of_one_layer_on_two_devices_are_refused() -> None:
-    model = build("olmoe").to("cuda")
-    _, module = experts_modules(model)[0]
-    module.down_proj.data = module.down_proj.data.cpu()
-    with pytest.raises(UnsupportedModelError, match=r"gate_up_proj on cuda:0, down_proj on cpu"):
-        moert.patch(model)
-
-
-def test_experts_that_the_kernels_do_not_compute_run_their_own_code(device: str) -> None:
-    model = build("dbrx").to(device)
-    inputs = moved(inputs_for("dbrx", model), device)
-    wanted = logits(model, inputs)
-    with pytest.warns(RuntimeWarning, match=r"3 of 3 layers .* more than two products and a gate"):
-        moert.patch(model)
-    same(logits(model, inputs), wanted)
-    moert.reset_stats(model)
-    stats = moert.stats(model)
-    assert all("more than two products" in str(layer.fallback) for layer in stats.layers)
-    assert "more than two products" in stats.as_dict()["layers"][0]["fallback"]
-    moert.close(model)
-    with pytest.raises(MoertError, match="closed"):
-        logits(model, inputs)
-
-
-def test_a_gate_that_the_kernels_do_not_have(device: str) -> None:
-    model = build("olmoe").to(device)
-    inputs = moved(inputs_for("olmoe", model), device)
-    _, module = experts_modules(model)[1]
-    module._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0].erf()
-    wanted = logits(model, inputs)
-    with pytest.warns(RuntimeWarning, match=r"1 of \d layers .* computes something that moert's kernels do not offer"):
-        moert.patch(model)
-    fallbacks = [layer.fallback for layer in moert.stats(model).layers]
-    assert sum(reason is not None for reason in fallbacks) == 1 and fallbacks[1] is not None
-    torch.testing.assert_close(logits(model, inputs), wanted, **TOLERANCE)
-    moert.close(model)
-
-
 def test_a_forward_put_on_the_instance_does_not_go_round_the_kernels(device: str) -> None:
     """As accelerate's hooks put one there."""
     model = build("olmoe").to(device)
@@ -319,57 +234,6 @@ def test_a_forward_put_on_the_instance_does_not_go_round_the_kernels(device: str
     moert.close(model)
 
 
-def test_bad_input(olmoe: Any, device: str) -> None:
-    module = next(module for module in olmoe.modules() if isinstance(module, DeviceExperts))
-    hidden, ids = torch.randn(3, 64, device=device), torch.zeros(3, 2, dtype=torch.int64, device=device)
-    weights = torch.rand(3, 2, device=device)
-    with pytest.raises(MoertError, match=r"called with torch.float16"):
-        module(hidden.half(), ids, weights)
-    with pytest.raises(MoertError, match=r"hidden states on meta; unpatch"):
-        module(hidden.to("meta"), ids, weights)
-    for wrong, message in (
-        ((hidden, ids.float(), weights), "ids must be torch.int32 or torch.int64, not torch.float32"),
-        ((hidden, ids, weights.double()), "weights must be .* not torch.float64"),
-        ((hidden, ids.to("meta"), weights), "ids is on meta"),
-        ((hidden, ids, weights[:, :1]), r"ids are \[3, 2\], the router's weights \[3, 1\]"),
-        ((hidden[:2], ids, weights), r"hidden has 2 rows, ids are for 3 tokens"),
-        ((hidden[:, :32], ids, weights), r"x is \[3, 32\], the bank takes 64 columns"),
-        ((hidden, ids[:, :0], weights[:, :0]), "0 picks a token"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            module(*wrong)
-    assert moert.stats(olmoe).device_steps == 0
-    assert module(hidden, ids, weights).isfinite().all()
-
-
-def test_what_cannot_run_is_refused_and_leaves_the_model_as_it_was(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = build("olmoe").to(device)
-    modules = dict(experts_modules(model))
-
-    def refused(error: type[Exception], message: str, **options: Any) -> None:
-        with pytest.raises(error, match=message):
-            moert.patch(model, **options)
-        assert dict(experts_modules(model)) == modules
-
-    refused(ConfigError, r"host_memory='50%' is less than .* layers have theirs on a GPU", host_memory="50%")
-    with monkeypatch.context() as patched:
-
-        def too_old(device: torch.device) -> int:
-            raise KernelUnavailableError("of compute capability 7.5")
-
-        patched.setattr(grouped_gate_up, "runs_on", too_old)
-        refused(KernelUnavailableError, "compute capability 7.5")
-    with monkeypatch.context() as patched:
-        patched.setitem(sys.modules, "moert.kernels.grouped_gate_up", None)
-        refused(KernelUnavailableError, r"triton cannot be imported .*moert\[gpu\]")
-    spec, there = SimpleNamespace(name="experts", index=0), torch.empty(1, device="cpu")
-    owner = SimpleNamespace(names=("a", "b"), stacked={"a": there, "b": there.to("meta")}.__getitem__)
-    with pytest.raises(UnsupportedModelError, match="experts has a on cpu, b on meta"):
-        check_layers([spec], [owner])  # type: ignore[list-item]  # as much of them as is looked at
-
-
 def test_a_policy_that_wants_the_routers_scores_is_not_fed(device: str) -> None:
     """Bringing them from a GPU would wait, and nothing is ever evicted there."""
     model = build("olmoe").to(device)
@@ -377,18 +241,6 @@ def test_a_policy_that_wants_the_routers_scores_is_not_fed(device: str) -> None:
     moert.patch(model, policy="mrs")
     assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
     moert.close(model)
-
-
-def test_a_layer_that_is_too_large_for_the_kernels_falls_back() -> None:
-    """Its numbers are counted in 31 bits; on tensors without memory."""
-
-    hidden, width = 2**16, 2**15
-    shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
-    tensors = tuple(TensorSpec(name, shape, torch.bfloat16) for name, shape in shapes.items())
-    spec = LayerSpec(0, "experts", 2, tensors, fused=FusedExperts(FfnLayout(), Gate(), tensors))
-    stacked = {name: torch.empty(2, *shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
-    layer = device_layer.DeviceLayer(spec, Residency(2, make_policy("fifo", 2)), [{}, {}], stacked)
-    assert "31 bits" in str(layer.fallback) and layer.stats.fallback == layer.fallback
 
 
 def test_a_model_on_the_cpu_brings_in_no_kernel_for_a_gpu() -> None:
@@ -403,19 +255,3 @@ def test_a_model_on_the_cpu_brings_in_no_kernel_for_a_gpu() -> None:
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
     assert child.returncode == 0, child.stderr
     assert child.stdout == "[]\n"
-
-
-def test_the_error_of_an_fp32_sum_is_small(device: str) -> None:
-    """Stated beside the tolerance above: against fp64, a layer's output is off by less than 2e-6 of its length."""
-    model = build("olmoe").to(device)
-    path, module = experts_modules(model)[0]
-    torch.manual_seed(3)
-    hidden = torch.randn(24, 64, device=device)
-    ids = torch.rand(24, module.num_experts, device=device).topk(2).indices
-    weights = torch.rand(24, 2, device=device)
-    exact = own_experts(build("olmoe").double().get_submodule(path).to(device), hidden.double(), ids, weights.double())
-    moert.patch(model)
-    got = model.get_submodule(path)(hidden, ids, weights).double().cpu()
-    assert 0 < (got - exact).norm() / exact.norm() < 2e-6
-    assert math.isfinite(float(got.sum()))
-    moert.close(model)

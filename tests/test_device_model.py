@@ -192,9 +192,8 @@ def test_host_memory_may_change_under_a_device(tiered: Callable[..., Any], wante
     same(model, wanted[torch.float32])
 
 
-def test_without_cuda_the_public_option_says_what_it_always_said() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_without_cuda_the_public_option_says_what_it_always_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="needs a CUDA device, and there is none here"):
         moert.patch(make(), device_memory="1GiB")
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+# One process writes the checkpoint.
+pytestmark = pytest.mark.xdist_group("memory")
+
 ROOT = Path(__file__).parent.parent
 ALLOWANCE_BYTES = 300 << 20
 

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from built_support import OUTSIDE_MAKE, ROOT, build, in_one_process
 
-ROOT = Path(__file__).resolve().parent.parent
-OUTSIDE_MAKE = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+pytestmark = [in_one_process, pytest.mark.timeout(900)]
 
 # Objects whose code runs only where the processor was found to have the instructions.
 OF_AN_INSTRUCTION_SET = re.compile(r"amx|(float|quantized|pointwise)_avx\w+")
@@ -31,10 +31,13 @@ def shipped_flags() -> list[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checks, and in csrc/ an object for each source, compiled as setup.py does."""
+    """A folder with the checks, and in csrc/ the object of each source that setup.py made."""
     if shutil.which("make") is None or shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no make, or no C++ compiler")
     folder = tmp_path_factory.mktemp("native")
+    shutil.copytree(build(tmp_path_factory.getbasetemp()).objects, folder / "csrc")
+    sources = {path.stem for path in (ROOT / "csrc").glob("*.cpp")}
+    assert {path.stem for path in (folder / "csrc").glob("*.o")} == sources
     settings = [f"BUILD={folder}", f"FLAGS={' '.join(shipped_flags())}", f"PYTHON={sys.executable}"]
     if "CXX" not in os.environ:
         settings.append("CXX=g++")
@@ -48,7 +51,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{folder}/kernels_check",
         f"{folder}/foresight_check",
         f"{folder}/norm_check",
-        "objects",
     ]
     child = subprocess.run(command, cwd=ROOT, env=OUTSIDE_MAKE, capture_output=True, text=True, timeout=280)
     assert child.returncode == 0, child.stderr

@@ -6,15 +6,12 @@ import ast
 import os
 import shutil
 import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-PLUGIN_FOLDERS = ("kernels", "predictors")
+from built_support import OUTSIDE_MAKE, PLUGIN_FOLDERS, ROOT, build, copy_sources, in_one_process, run_python
 
 # Lower parts first; a part imports from its own row and those above. Dotted names are below `moert`; "" is its face.
 LAYERS = (
@@ -55,14 +52,6 @@ WITHOUT_TORCH = (
     "types",
     "plugins",
 )
-
-
-def run_python(code: str, cwd: Path, **env: str) -> str:
-    child = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=600
-    )
-    assert child.returncode == 0, child.stderr
-    return child.stdout
 
 
 def modules() -> dict[str, Path]:
@@ -178,16 +167,6 @@ print(sorted(name for name in vars(kernels) if not name.startswith("__")))
     assert public == "[]"
 
 
-BLOCK_TORCH = """
-import runpy, sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "transformers", "numpy", "pybind11", "nanobind"):
-            raise ImportError(f"the build imports {name}")
-sys.meta_path.insert(0, Blocker())
-"""
-
-
 def test_the_build_needs_setuptools_only() -> None:
     allowed = {"__future__", "platform", "sysconfig", "pathlib", "setuptools"}
     assert {name.split(".")[0] for name in imported_names("setup", ROOT / "setup.py")} <= allowed
@@ -198,32 +177,21 @@ def test_the_build_needs_setuptools_only() -> None:
 
 @pytest.fixture(scope="module")
 def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what packaging looks at, as a fresh checkout has it: nothing compiled."""
-    tree = tmp_path_factory.mktemp("source")
-    for folder in ("moert", "csrc", *PLUGIN_FOLDERS):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, tree / name)
-    return tree
+    return copy_sources(tmp_path_factory.mktemp("source"))
 
 
-@pytest.fixture(scope="module")
-def wheel(source_tree: Path) -> zipfile.ZipFile:
-    """Built through setup.py in a process that cannot import torch."""
-    code = f"{BLOCK_TORCH}\nsys.argv[1:] = ['-q', 'bdist_wheel']\nrunpy.run_path('setup.py', run_name='__main__')"
-    run_python(code, source_tree)
-    (file,) = (source_tree / "dist").glob("*.whl")
-    return zipfile.ZipFile(file)
+@pytest.fixture
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    return zipfile.ZipFile(build(tmp_path_factory.getbasetemp()).wheel)
 
 
-@pytest.mark.xdist_group("wheel")
+@in_one_process
 @pytest.mark.timeout(900)
 def test_one_wheel_serves_every_supported_python(wheel: zipfile.ZipFile) -> None:
     assert "-cp310-abi3-" in Path(wheel.filename or "").name
 
 
-@pytest.mark.xdist_group("wheel")
+@in_one_process
 @pytest.mark.timeout(900)
 def test_the_wheel_has_the_whole_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
@@ -237,7 +205,7 @@ def test_the_wheel_has_the_whole_package_and_nothing_else(wheel: zipfile.ZipFile
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-@pytest.mark.xdist_group("wheel")
+@in_one_process
 @pytest.mark.timeout(900)
 def test_an_installed_tree_has_its_plugin_folders(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
     wheel.extractall(tmp_path / "site")
@@ -250,10 +218,6 @@ def test_an_installed_tree_has_its_plugin_folders(wheel: zipfile.ZipFile, tmp_pa
     for file in files:
         assert Path(file).is_relative_to(tmp_path / "site"), file
     assert works == "True"
-
-
-# `make test` hands its own state down; a make that inherits it talks about directories and may take other variables.
-OUTSIDE_MAKE = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
 
 
 def make_plan(tree: Path, target: str) -> list[str]:

@@ -28,6 +28,7 @@ from moert.predictors.base import (
 
 L, E, K = 4, 12, 3
 NAMES = predictor_names()
+NEED_HIDDEN = [name for name in NAMES if Need.HIDDEN in load_predictor(name).needs]
 EVERYTHING = frozenset(Need)
 
 # What writes compiled loops or a network takes a while the first time; no example is slow for its own sake.
@@ -206,10 +207,12 @@ def size_of(predictor: Predictor) -> int:
     return len(pickle.dumps(kept))
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_there_are_predictors_that_need_hidden_states() -> None:
+    assert NEED_HIDDEN
+
+
+@pytest.mark.parametrize("name", NEED_HIDDEN)
 def test_hidden_states_that_are_not_finite_teach_nothing(name: str, folder: Path) -> None:
-    if Need.HIDDEN not in load_predictor(name).needs:
-        pytest.skip("takes no hidden states")
     run = Run(make(name, folder))
     bad = torch.full((1, WIDTH), float("nan"))
     for _ in range(8):

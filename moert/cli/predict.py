@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from moert.cli.opening import open_tokenizer, opened
-from moert.cli.options import Json, LoadOptions, resolve_model, with_load_options
+from moert.cli.options import Json, LoadOptions, with_load_options
 from moert.cli.output import bar, print_json, stdout
 from moert.cli.prediction_tables import print_results
-from moert.cli.trace_record import read_prompts
-from moert.cli.traces import EXPERTS_HELP, TRACE_SUFFIXES, check_output, names_of, open_trace, put_output
+from moert.cli.texts import MaxNewTokens, Prompts, continuing, read_texts
+from moert.cli.traces import EXPERTS_HELP, as_trace, check_output, names_of, open_trace, put_output
 from moert.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,17 +58,8 @@ def predict(
     asked: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens of each test that are asked about, evenly spread.")
     ] = 2000,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="What MODEL continues, as for `moert trace record`. Default: eight lines of English and Python.",
-            show_default=False,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tokens that MODEL adds to each prompt.")
-    ] = 64,
+    prompts: Prompts = None,
+    max_new_tokens: MaxNewTokens = 64,
     experts: Annotated[int | None, typer.Option(min=1, metavar="N", help=EXPERTS_HELP, show_default=False)] = None,
     plot: Annotated[
         Path | None,
@@ -156,54 +145,27 @@ def _open(
 ) -> list[Recording]:
     from moert.predict import Recording
 
-    paths = [Path(source).expanduser() for source in sources]
-    are_traces = [path.is_file() or (path.is_dir() and not (path / "config.json").is_file()) for path in paths]
-    for source, path, is_trace in zip(sources, paths, are_traces, strict=True):
-        if not is_trace and path.suffix in TRACE_SUFFIXES:
-            raise ConfigError(f"{source!r} does not exist; give a trace, or a model")
-    if prompts is not None and all(are_traces):
+    traces = [as_trace(source) for source in sources]
+    if prompts is not None and None not in traces:
         raise ConfigError("--prompts is for a model, and these are traces: leave it out")
-    texts = _texts(prompts)
+    texts = read_texts(prompts, "moert predict")
+    names = names_of([Path(source).expanduser() for source in sources])
     found = []
-    for source, path, is_trace, name in zip(sources, paths, are_traces, names_of(paths), strict=True):
-        if is_trace:
+    for source, path, name in zip(sources, traces, names, strict=True):
+        if path is not None:
             found.append(Recording.of_trace(open_trace(stack, path, experts), name))
         else:
             found.append(_run(source, texts, max_new_tokens, options))
     return found
 
 
-def _texts(path: Path | None) -> Sequence[str]:
-    from moert.suit.prompts import PROMPTS
-
-    if path is None:
-        return PROMPTS
-    found = []
-    for prompt in read_prompts(path):
-        if prompt.text is None:
-            raise ConfigError(
-                f"--prompts: prompt {prompt.name} of {str(path)!r} is a conversation; `moert trace record` runs those, "
-                "and `moert predict` takes the trace"
-            )
-        found.append(prompt.text)
-    return found
-
-
 def _run(source: str, texts: Sequence[str], max_new_tokens: int, options: LoadOptions) -> Recording:
     """What a model's layers were given and chose while it continued the texts."""
-    name = resolve_model(source)
-    tokenizer = open_tokenizer(name, options)
-    from moert.hf.text import encode, generate
-    from moert.hf.watched_run import watched_run
-
-    inputs = [encode(tokenizer, text, chat=False) for text in texts]
     quiet = replace(options, offload=replace(options.offload, predictor="none"))
-    with opened(name, quiet) as loaded, bar("running the model", len(inputs) * max_new_tokens) as progress:
+    with continuing(source, texts, max_new_tokens, quiet) as (model, runs):
+        from moert.hf.watched_run import watched_run
 
-        def run(one: Any) -> None:
-            generate(loaded.model, tokenizer, one, max_new_tokens=max_new_tokens, on_token=progress.advance)
-
-        return watched_run(loaded.model, source, [functools.partial(run, one) for one in inputs])
+        return watched_run(model, source, runs)
 
 
 def _studies(recordings: Sequence[Recording], trains: Sequence[str]) -> list[Study]:

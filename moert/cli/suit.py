@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,11 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moert.cli.opening import open_tokenizer, opened
-from moert.cli.options import Json, LoadOptions, resolve_model, with_load_options
+from moert.cli.options import Json, LoadOptions, with_load_options
 from moert.cli.output import bar, facts, percent, print_json, stdout
-from moert.cli.trace_record import read_prompts
-from moert.cli.traces import EXPERTS_HELP, TRACE_SUFFIXES, check_output, open_trace, put_output
+from moert.cli.texts import MaxNewTokens, Prompts, continuing, read_texts
+from moert.cli.traces import EXPERTS_HELP, as_trace, check_output, open_trace, put_output
 from moert.config import format_bytes, parse_budget
 from moert.errors import ConfigError
 
@@ -35,17 +33,8 @@ def suit(
             show_default=False,
         ),
     ],
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="What MODEL continues, as for `moert trace record`. Default: eight lines of English and Python.",
-            show_default=False,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tokens that MODEL adds to each prompt.")
-    ] = 64,
+    prompts: Prompts = None,
+    max_new_tokens: MaxNewTokens = 64,
     policy: Annotated[str, typer.Option(metavar="NAME", help="Of the cache; `moert policies` lists them.")] = "ema",
     experts: Annotated[int | None, typer.Option(min=1, metavar="N", help=EXPERTS_HELP, show_default=False)] = None,
     expert_bytes: Annotated[
@@ -128,49 +117,22 @@ def _open(
     experts: int | None,
     options: LoadOptions,
 ) -> TraceLike:
-    path = Path(source).expanduser()
-    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+    path = as_trace(source)
+    if path is not None:
         if prompts is not None:
             raise ConfigError(f"--prompts is for a model, and {source!r} is a trace: leave it out")
         return open_trace(stack, path, experts)
-    if path.suffix in TRACE_SUFFIXES:
-        raise ConfigError(f"{source!r} does not exist; give a trace, or a model")
     if experts is not None:
         raise ConfigError(f"--experts is for files that do not say it, and {source!r} is a model: leave it out")
-    return _record(source, _read_prompts(prompts), max_new_tokens, options)
-
-
-def _read_prompts(path: Path | None) -> Sequence[str]:
-    from moert.suit.prompts import PROMPTS
-
-    if path is None:
-        return PROMPTS
-    found = []
-    for prompt in read_prompts(path):
-        if prompt.text is None:
-            raise ConfigError(
-                f"--prompts: prompt {prompt.name} of {str(path)!r} is a conversation; `moert trace record` runs those, "
-                "and `moert suit` takes the trace"
-            )
-        found.append(prompt.text)
-    return found
-
-
-def _record(source: str, prompts: Sequence[str], max_new_tokens: int, options: LoadOptions) -> TraceLike:
-    """What the model's tokens choose while it continues the prompts."""
-    name = resolve_model(source)
-    tokenizer = open_tokenizer(name, options)
+    texts = read_texts(prompts, "moert suit")
     import moert
-    from moert.hf.text import encode, generate
 
-    inputs = [encode(tokenizer, prompt, chat=False) for prompt in prompts]
     with (
-        opened(name, options) as loaded,
-        bar("running the model", len(inputs) * max_new_tokens) as progress,
-        moert.record(loaded.model, weights=False) as trace,
+        continuing(source, texts, max_new_tokens, options) as (model, runs),
+        moert.record(model, weights=False) as trace,
     ):
-        for one in inputs:
-            generate(loaded.model, tokenizer, one, max_new_tokens=max_new_tokens, on_token=progress.advance)
+        for run in runs:
+            run()
     return trace
 
 

@@ -22,6 +22,20 @@ TRACE_SUFFIXES = (".safetensors", ".npz", ".npy", ".pt", ".csv", ".json", ".json
 EXPERTS_HELP = "Experts of each layer, for files that do not say it."
 
 
+def as_trace(source: str) -> Path | None:
+    """Where a trace is; None: `source` is a model.
+
+    Raises:
+        ConfigError: it ends as traces do, and is not there.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        return path
+    if path.suffix in TRACE_SUFFIXES:
+        raise ConfigError(f"{source!r} does not exist; give a trace, or a model")
+    return None
+
+
 def names_of(paths: Sequence[Path]) -> list[str]:
     """A short name for each path, no two alike."""
     names = [path.name for path in paths]

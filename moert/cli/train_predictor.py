@@ -16,7 +16,7 @@ from rich.text import Text
 from moert.cli.options import MODEL_HELP, Json, LoadOptions, with_load_options
 from moert.cli.output import bar, facts, percent, print_json, seconds, stdout
 from moert.cli.recorded_texts import HIDDEN_FILE, TRACE_FILE, record_texts
-from moert.cli.traces import EXPERTS_HELP, TRACE_HELP, TRACE_SUFFIXES, check_output, names_of, open_trace, put_output
+from moert.cli.traces import EXPERTS_HELP, TRACE_HELP, as_trace, check_output, names_of, open_trace, put_output
 from moert.config import format_bytes
 from moert.errors import ConfigError
 from moert.plugins import available
@@ -166,14 +166,7 @@ def _model_of(sources: Sequence[str]) -> str | None:
     Raises:
         ConfigError: a model beside others, or a file that is not there.
     """
-    models = []
-    for source in sources:
-        path = Path(source).expanduser()
-        if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
-            continue
-        if path.suffix in TRACE_SUFFIXES:
-            raise ConfigError(f"{source!r} does not exist; give a trace, or a model")
-        models.append(source)
+    models = [source for source in sources if as_trace(source) is None]
     if models and len(sources) > 1:
         raise ConfigError(f"{models[0]!r} is a model: give one model alone, or traces of one model")
     return models[0] if models else None

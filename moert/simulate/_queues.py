@@ -2,6 +2,9 @@
 
 A queue is a ring of links through a node of its own, so that nothing is a special case. Lists 0 to 2 of a cache hold
 residents, 3 and 4 ghosts. An expert is in one of them at most.
+
+It stays one file: numba compiles a function that it keeps on disk anew when that function's own file has changed, and
+does not look at the files of the functions that it calls.
 """
 
 # mypy: ignore-errors

@@ -1,4 +1,4 @@
-"""Routing paths as networks are trained on them: all experts of all layers of a token side by side."""
+"""What the recipes of networks share that read routing paths: all experts of all layers of a token side by side."""
 
 from __future__ import annotations
 
@@ -9,15 +9,53 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from moert.predictors._routing_path import RoutingPath
 from moert.predictors.base import Model
 from moert.training.examples import Bools, Example, Examples, ran, targets
 from moert.training.measures import Tally
+from moert.training.recipes.base import check_from_to
 
 PIECE = 512
 """Tokens that a network reads at once in training."""
 
 _LEAST = 1e-7
 """A probability below it costs no more."""
+
+_LIMITS = {
+    "width": (1, 4096),
+    "inner": (1, 65536),
+    "heads": (1, 256),
+    "head_size": (1, 1024),
+    "depth": (1, 64),
+    "window": (2, 65536),
+    "rate": (1e-8, 1),
+    "dropout": (0, 0.9),
+}
+
+
+def check_options(predictor: str, **options: float) -> None:
+    """Raise ConfigError unless options that all these recipes have are within their limits."""
+    for name, value in options.items():
+        check_from_to(predictor, name, value, *_LIMITS[name])
+
+
+def begin_with_popularity(network: RoutingPath, model: Model, train: Examples) -> None:
+    """Have an untrained network say about how often each expert is chosen."""
+    with torch.no_grad():
+        network.head.bias.copy_(torch.from_numpy(popularity(model, train)).logit(eps=1e-4))
+
+
+@torch.inference_mode()
+def path_scores(
+    model: Model, network: RoutingPath, prompt: torch.Tensor, tokens: torch.Tensor
+) -> npt.NDArray[np.float32]:
+    """[T, L, E] of the tokens [1, T] (or [1, T, picks]) after a prompt [1, P] (or [1, P, picks]), piece by piece."""
+    state = network.begin(prompt)
+    pieces = []
+    for piece in tokens.split(PIECE, dim=1):
+        logits, state = network.decode(piece, state)
+        pieces.append(logits[0].sigmoid().cpu().numpy())
+    return unflat(model, np.concatenate(pieces))
 
 
 def flat(model: Model, example: Example) -> tuple[Bools, Bools]:

@@ -18,7 +18,15 @@ from moert.predictors.base import Model, Need
 from moert.predictors.expertflow import load_network, places_of
 from moert.training.examples import Example, Examples
 from moert.training.loop import Effort, fit, seeded
-from moert.training.recipes._paths import PIECE, flat, mean_loss, popularity, unflat, validate
+from moert.training.recipes._paths import (
+    PIECE,
+    begin_with_popularity,
+    check_options,
+    flat,
+    mean_loss,
+    path_scores,
+    validate,
+)
 from moert.training.recipes.base import Fitted, Recipe, check_from_to
 
 
@@ -57,20 +65,11 @@ class ExpertFlowRecipe(Recipe):
             dropout: in training.
             unknown: of the ids that are hidden in training, so that the embedding of unknown ones is learned.
         """
-        for name, value, low, high in (
-            ("width", width, 1, 4096),
-            ("inner", inner, 1, 65536),
-            ("heads", heads, 1, 256),
-            ("head_size", head_size, 1, 1024),
-            ("depth", depth, 1, 64),
-            ("window", window, 2, 65536),
-            ("prompt", prompt, 1, 65536),
-            ("rate", rate, 1e-8, 1),
-            ("batch", batch, 1, 4096),
-            ("dropout", dropout, 0, 0.9),
-            ("unknown", unknown, 0, 0.9),
-        ):
-            check_from_to("expertflow", name, value, low, high)
+        sizes = {"width": width, "inner": inner, "heads": heads, "head_size": head_size, "depth": depth}
+        check_options("expertflow", **sizes, window=window, rate=rate, dropout=dropout)
+        check_from_to("expertflow", "prompt", prompt, 1, 65536)
+        check_from_to("expertflow", "batch", batch, 1, 4096)
+        check_from_to("expertflow", "unknown", unknown, 0, 0.9)
         self.width, self.inner, self.heads, self.head_size, self.depth = width, inner, heads, head_size, depth
         self.window, self.prompt = window, prompt
         self.rate, self.batch, self.dropout, self.unknown = rate, batch, dropout, unknown
@@ -81,8 +80,7 @@ class ExpertFlowRecipe(Recipe):
         with seeded(effort.seed):
             shape = shape_of(self.options, vocabulary=len(ids), outputs=sum(model.num_experts))
             network = RoutingPath(shape, self.dropout)
-            with torch.no_grad():
-                network.head.bias.copy_(torch.from_numpy(popularity(model, train)).logit(eps=1e-4))
+            begin_with_popularity(network, model, train)
             network.to(device)
 
             def loss(batch: _Batch) -> tuple[torch.Tensor, int]:
@@ -194,10 +192,4 @@ def _scores(
     assert example.token_ids is not None
     tokens = torch.from_numpy(places_of(example.token_ids, ids)).to(device)[None]
     n_prompt = example.n_prompt if 0 < example.n_prompt < tokens.shape[1] else 1
-    pieces = []
-    with torch.inference_mode():
-        state = network.begin(tokens[:, :n_prompt])
-        for piece in tokens.split(PIECE, dim=1):
-            logits, state = network.decode(piece, state)
-            pieces.append(logits[0].sigmoid().cpu().numpy())
-    return unflat(model, np.concatenate(pieces))
+    return path_scores(model, network, tokens[:, :n_prompt], tokens)

@@ -10,7 +10,6 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn import functional
 
 from moert.predictors._routing_path import RoutingPath, read_network, shape_of
 from moert.predictors._trained import About, Array, Trained
@@ -18,8 +17,16 @@ from moert.predictors.base import Model
 from moert.predictors.expertflow_routing import Places
 from moert.training.examples import Example, Examples
 from moert.training.loop import Effort, fit, seeded
-from moert.training.recipes._paths import PIECE, flat, mean_loss, popularity, unflat, validate
-from moert.training.recipes.base import Fitted, Recipe, check_from_to
+from moert.training.recipes._paths import (
+    PIECE,
+    begin_with_popularity,
+    check_options,
+    flat,
+    mean_loss,
+    path_scores,
+    validate,
+)
+from moert.training.recipes.base import Fitted, Recipe
 
 
 class ExpertFlowRoutingRecipe(Recipe):
@@ -50,17 +57,8 @@ class ExpertFlowRoutingRecipe(Recipe):
             rate: of AdamW.
             dropout: in training.
         """
-        for name, value, low, high in (
-            ("width", width, 1, 4096),
-            ("inner", inner, 1, 65536),
-            ("heads", heads, 1, 256),
-            ("head_size", head_size, 1, 1024),
-            ("depth", depth, 1, 64),
-            ("window", window, 2, 65536),
-            ("rate", rate, 1e-8, 1),
-            ("dropout", dropout, 0, 0.9),
-        ):
-            check_from_to("expertflow_routing", name, value, low, high)
+        sizes = {"width": width, "inner": inner, "heads": heads, "head_size": head_size, "depth": depth}
+        check_options("expertflow_routing", **sizes, window=window, rate=rate, dropout=dropout)
         self.width, self.inner, self.heads, self.head_size, self.depth = width, inner, heads, head_size, depth
         self.window = window
         self.rate, self.dropout = rate, dropout
@@ -71,8 +69,7 @@ class ExpertFlowRoutingRecipe(Recipe):
         with seeded(effort.seed):
             known = {"vocabulary": 0, "outputs": sum(model.num_experts), "prompt": 0, "picks": sum(model.top_k)}
             network = RoutingPath(shape_of(self.options, **known), self.dropout)
-            with torch.no_grad():
-                network.head.bias.copy_(torch.from_numpy(popularity(model, train)).logit(eps=1e-4))
+            begin_with_popularity(network, model, train)
             network.to(device)
 
             def loss(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -122,10 +119,4 @@ def _scores(
 ) -> npt.NDArray[np.float32]:
     """[T, L, E], each token's from those before it; the first one's is what a token has without any."""
     paths = _paths(places, example).to(device)[None]
-    with torch.inference_mode():
-        state = network.begin(paths)
-        pieces = []
-        for piece in paths.split(PIECE, dim=1):
-            logits, state = network.decode(piece, state)
-            pieces.append(functional.sigmoid(logits[0]).cpu().numpy())
-    return unflat(model, np.concatenate(pieces))
+    return path_scores(model, network, paths, paths)
