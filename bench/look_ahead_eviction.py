@@ -13,14 +13,14 @@ Of each token's picks, a share of p is right. Exits with 1 where a result is bel
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
-from schedules import COLUMNS, Case, Column, costs_of, cut
+from schedules import COLUMNS, SAMPLE, Case, Column, costs_of, cut
 
 from moert.predictors.base import Floats
 from moert.predictors.oracle import Oracle
@@ -182,8 +182,9 @@ def main(
     print("\n".join(gap_table(by_trace)))
     fitted = json.loads((Path(__file__).parent / "results" / "schedules.json").read_text())["columns"]
     for column, known in zip(COLUMNS if timed else (), fitted, strict=False):
-        case = cut(traces / column.file, column.experts, warm_up=warm_up, measured=tokens)
-        by_machine.append(times(column, case, known["fitted_layer_s"]))
+        case = cut(traces / column.file, column.experts, warm_up=warm_up, measured=tokens, sample=SAMPLE)
+        fitted_column = replace(column, cpu_bytes_per_s=known["cpu_bytes_per_s"])
+        by_machine.append(times(fitted_column, case, known["fitted_layer_s"]))
         console.print(f"{column.name}: done")
     if by_machine:
         print("\n" + "\n".join(time_table(by_machine)))

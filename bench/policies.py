@@ -149,6 +149,7 @@ def main(
     results: list[Result] = []
     shapes: dict[str, str] = {}
     options: dict[str, Any] = {"reset": reset, "n_jobs": jobs}
+    failed: MoertError | None = None
     try:
         with Progress(console=console, transient=True) as progress:
             bar = progress.add_task("", total=len(traces))
@@ -161,8 +162,16 @@ def main(
                 shapes[one.name] = about(one.trace.header, one.trace.n_tokens)
                 progress.advance(bar)
     except MoertError as error:
-        console.print(str(error), style="red")
-        raise typer.Exit(2) from None
+        failed = error
+    if results:
+        show(results, names, shapes, json_path)
+    if failed is not None:
+        console.print(str(failed), style="red")
+        raise typer.Exit(2)
+
+
+def show(results: list[Result], names: list[str], shapes: dict[str, str], json_path: Path | None) -> None:
+    """Print the table, and write everything to `json_path`."""
     told = summary(results, names)
     print(markdown(results, names, shapes))
     print(f"\n{json.dumps(told)}")

@@ -1,4 +1,4 @@
-"""Which slots an event's misses take, by a moving average of use, decided on the device."""
+"""Which slots an event's misses take, by a decaying sum of use, decided on the device."""
 
 from __future__ import annotations
 
@@ -30,27 +30,32 @@ class EmaState:
 
     residents: Residents
     scores: torch.Tensor
-    """fp64 [E]: the moving average of each expert, resident or not. In fp32 it would forget what the policy knows."""
+    """fp64 [E]: the score of each expert, resident or not. In fp32 it would forget what the policy knows."""
+    bursts: torch.Tensor
+    """fp64 [E]: burst^g of each expert, g being the events since its last use, 0 before its first."""
     last_uses: torch.Tensor
     """int64 [E]: the number of each expert's last use, 0 for never."""
     rates: torch.Tensor
-    """fp64 [2]: 1 - alpha and alpha."""
+    """fp64 [3]: 1 - alpha, alpha and burst."""
 
 
-def new_ema(experts: int, slots: int, device: torch.device | str, alpha: float = 0.03) -> EmaState:
+def new_ema(experts: int, slots: int, device: torch.device | str, alpha: float = 0.03, burst: float = 0.68) -> EmaState:
     """An empty cache of a layer on a device.
 
     Raises:
         ValueError: not 1 to 8192 of each.
-        ConfigError: alpha is not between 0 and 1.
+        ConfigError: alpha or burst is not between 0 and 1.
     """
     if not 0 < alpha < 1:
         raise ConfigError(f"alpha={alpha} must be above 0 and below 1")
+    if not 0 <= burst < 1:
+        raise ConfigError(f"burst={burst} must be at least 0 and below 1")
     return EmaState(
         new_residents(experts, slots, device),
         torch.zeros(experts, dtype=torch.float64, device=device),
+        torch.zeros(experts, dtype=torch.float64, device=device),
         torch.zeros(experts, dtype=torch.int64, device=device),
-        torch.tensor([1 - alpha, alpha], dtype=torch.float64).to(device),
+        torch.tensor([1 - alpha, alpha, burst], dtype=torch.float64).to(device),
     )
 
 
@@ -60,6 +65,7 @@ def _kernel(
     slot_of_ptr: tl.tensor,
     owner_ptr: tl.tensor,
     scores_ptr: tl.tensor,
+    bursts_ptr: tl.tensor,
     last_uses_ptr: tl.tensor,
     rates_ptr: tl.tensor,
     marks_ptr: tl.tensor,
@@ -90,8 +96,10 @@ def _kernel(
     # An event without experts is none, for the policy too.
     if size > 0:
         scores = tl.load(scores_ptr + e, mask=e < experts, other=0.0) * tl.load(rates_ptr)
-        scores = tl.where(wanted, scores + tl.load(rates_ptr + 1), scores)
+        bursts = tl.load(bursts_ptr + e, mask=e < experts, other=0.0) * tl.load(rates_ptr + 2)
+        scores = tl.where(wanted, scores + tl.load(rates_ptr + 1) * (1 - bursts), scores)
         tl.store(scores_ptr + e, scores, mask=e < experts)
+        tl.store(bursts_ptr + e, tl.where(wanted, 1.0, bursts), mask=e < experts)
         tl.store(last_uses_ptr + e, uses + tl.cumsum(wanted.to(tl.int32), axis=0), mask=wanted)
         tl.store(counters_ptr + 1, uses + size)
     tl.debug_barrier()  # both are read again, by slot
@@ -179,6 +187,7 @@ def _launch(state: EmaState, ids: torch.Tensor, passing: bool = False) -> tuple[
     arguments = {
         **plan_arguments(state.residents, plan, ids),
         "scores_ptr": state.scores,
+        "bursts_ptr": state.bursts,
         "last_uses_ptr": state.last_uses,
         "rates_ptr": state.rates,
         "PASSING": PASSING,

@@ -12,7 +12,8 @@ from moert.predictors.base import Floats, Ints, Model, Predictor
 class Frequency(Predictor):
     """Expects what was chosen often: for each expert an exponential moving average over tokens of whether it was.
 
-    It is the estimate of demand that the policy `ema` evicts by, read as a probability. The same for all horizons.
+    It is what the policy `ema` would evict by if it counted all uses alike, read as a probability. The same for all
+    horizons.
     """
 
     gives_probabilities = True

@@ -267,13 +267,16 @@ SEQUENTIAL: dict[str, Reference] = {
 """By the text that chooses the policy."""
 
 
-def moving_averages(trace: Sequence[Event], alpha: Fraction) -> list[dict[int, Fraction]]:
-    """The average of every expert after each event, every one of them updated at each."""
+def moving_averages(trace: Sequence[Event], alpha: Fraction, burst: Fraction) -> list[dict[int, Fraction]]:
+    """The score of every expert after each event, every one of them updated at each; with no `burst`, its average."""
     scores: dict[int, Fraction] = {expert: Fraction(0) for event in trace for expert in event}
     history = []
-    for event in trace:
-        scores = {expert: (1 - alpha) * score + alpha * (expert in event) for expert, score in scores.items()}
-        history.append(scores)
+    for now, event in enumerate(trace):
+        for expert, score in scores.items():
+            before = [then for then in range(now) if expert in trace[then]]
+            news = 1 - burst ** (now - before[-1]) if before else 1
+            scores[expert] = (1 - alpha) * score + alpha * (expert in event) * news
+        history.append(dict(scores))
     return history
 
 

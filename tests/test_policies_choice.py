@@ -74,14 +74,14 @@ def test_parameters_by_name() -> None:
     policy.access([ExpertId(0, 1)])
     assert isinstance(policy, EMA)
     assert policy.score(ExpertId(0, 1)) == 0.25
-    assert policy.fresh(2).parameters == {"alpha": 0.25}
+    assert policy.fresh(2).parameters == {"alpha": 0.25, "burst": 0.68}
     assert isinstance(make_policy("mrs,top_k=3,alpha=0.5", 4), MRS)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ema,beta=1", r"'beta=1' is no parameter of ema; its parameters are: alpha=0.03"),
+        ("ema,beta=1", r"'beta=1' is no parameter of ema; its parameters are: alpha=0.03, burst=0.68"),
         ("lru,x=1", r"parameters are: none"),
         ("ema,0.05", r"'0.05' is no parameter"),
         ("ema,alpha=much", r"alpha='much' must be a number"),
@@ -90,6 +90,7 @@ def test_parameters_by_name() -> None:
         ("ema,alpha=0", r"alpha=0.0 must be above 0 and below 1"),
         ("ema,alpha=1", r"alpha=1.0 must be above 0 and below 1"),
         ("ema,alpha=nan", r"alpha=nan must be above 0"),
+        ("ema,burst=1", r"burst=1.0 must be at least 0 and below 1"),
         ("lfu,decay=1.5", r"decay=1.5 must be above 0 and at most 1"),
         ("slru,protected=-1", r"protected=-1.0 must be"),
         ("s3fifo,threshold=0", r"threshold=0 must be at least 1"),

@@ -192,12 +192,12 @@ def test_lfru_is_frequency_over_age() -> None:
     assert 0 in victims(make_policy("lfru", 3), 3, trace)
 
 
-@pytest.mark.parametrize("alpha", ["0.25", "0.5", "0.03125"])
+@pytest.mark.parametrize(("alpha", "burst"), [("0.25", "0"), ("0.03125", "0"), ("0.5", "0.75"), ("0.03125", "0.625")])
 @settings(max_examples=80, deadline=None)
 @given(trace=traces(n_experts=6, steps=40), capacity=st.integers(3, 5))
-def test_ema_is_the_average_updated_everywhere_at_each_event(alpha: str, trace: Trace, capacity: int) -> None:
+def test_ema_is_the_score_updated_everywhere_at_each_event(alpha: str, burst: str, trace: Trace, capacity: int) -> None:
     ints = [[expert.expert for expert in event] for event in trace]
-    history = moving_averages(ints, Fraction(alpha))
+    history = moving_averages(ints, Fraction(alpha), Fraction(burst))
     held: list[int] = []
     last: dict[int, int] = {}
     gone, order = [], 0
@@ -212,16 +212,36 @@ def test_ema_is_the_average_updated_everywhere_at_each_event(alpha: str, trace: 
                     held.remove(victim)
                     gone.append(victim)
                 held.append(expert)
-    assert victims(make_policy(f"ema,alpha={alpha}", capacity), capacity, trace) == gone
-    policy = EMA(capacity, float(alpha))
+    assert victims(make_policy(f"ema,alpha={alpha},burst={burst}", capacity), capacity, trace) == gone
+    policy = EMA(capacity, float(alpha), float(burst))
     for event, scores in zip(trace, history, strict=True):
         policy.access(event)
         for expert, score in scores.items():
             assert math.isclose(policy.score(e(expert)), score, rel_tol=1e-12)
 
 
+def test_to_ema_a_burst_counts_less_than_as_many_uses_apart() -> None:
+    for burst, leaves in ((0.0, 1), (0.68, 0)):
+        policy = EMA(2, 0.001, burst)
+        for expert in (0, 1):
+            policy.admit(e(expert))
+        for event in ([e(1)], [], [], [e(0), e(1)], [e(0)], [e(0)], [e(2)]):
+            policy.access(event or [e(7)])
+        # 0 was used three times in a row, 1 twice, three events apart.
+        assert policy.victim(set()) == e(leaves)
+
+
+def test_ema_counts_uses_that_are_far_apart_in_full() -> None:
+    policy = EMA(2, 0.03)
+    policy.access([e(0)])
+    for _ in range(200):
+        policy.access([e(1)])
+    policy.access([e(0)])
+    assert math.isclose(policy.score(e(0)), 0.03 * (1 + 0.97**201), rel_tol=1e-12)
+
+
 def test_ema_wants_who_scores_more() -> None:
-    policy = EMA(1, 0.5)
+    policy = EMA(1, 0.5, 0.0)
     policy.access([e(0)])
     policy.admit(e(0))
     policy.access([e(0)])

@@ -46,7 +46,7 @@ def carry(promotion: Promotion, chunks: int = 3) -> None:
 
 def test_the_moving_average_is_that_of_the_policy() -> None:
     rng = np.random.default_rng(0)
-    policy, promotion = make_policy("ema,alpha=0.1", 4), Promotion(alpha=0.1)
+    policy, promotion = make_policy("ema,alpha=0.1,burst=0", 4), Promotion(alpha=0.1)
     for _ in range(50):
         event = [expert(int(n)) for n in sorted(rng.choice(8, 3, replace=False))]
         policy.access(event)

@@ -9,6 +9,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
+from joblib.parallel import ThreadingBackend
 from simulate_support import random_trace
 
 from moert.errors import CapacityError, ConfigError
@@ -93,6 +94,35 @@ def test_a_cluster_of_dask_finds_the_same(files: list[Path]) -> None:
         joblib.parallel_config(backend="dask"),
     ):
         assert rows(sweep(files, POLICIES, CAPACITIES)) == rows(alone)
+
+
+@pytest.mark.slow
+def test_ray_finds_the_same(files: list[Path]) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    pytest.importorskip("ray.util.joblib").register_ray()
+    alone = sweep(files, POLICIES, CAPACITIES)
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        with joblib.parallel_config(backend="ray", n_jobs=2):
+            assert rows(sweep(files, POLICIES, CAPACITIES)) == rows(alone)
+    finally:
+        ray.shutdown()
+
+
+class AllAtOnce(ThreadingBackend):  # type: ignore[misc]  # joblib is not typed
+    """Like Ray's, it returns nothing before all is done."""
+
+    supports_return_generator = False
+
+
+def test_a_backend_that_returns_everything_at_once_does_too() -> None:
+    traces = make_traces()
+    seen: list[str] = []
+    joblib.register_parallel_backend("all-at-once", AllAtOnce)
+    with joblib.parallel_config(backend="all-at-once", n_jobs=2):
+        found = sweep(traces, POLICIES, CAPACITIES, progress=lambda done, total, result: seen.append(result.policy))
+    assert rows(found) == rows(sweep(traces, POLICIES, CAPACITIES))
+    assert seen == [result.policy for result in found]
 
 
 def test_a_trace_that_changes_is_read_anew(tmp_path: Path) -> None:

@@ -210,12 +210,27 @@ def cells() -> list[dict[str, dict[str, float]]]:
     found = []
     for column in schedules.COLUMNS[:1], schedules.COLUMNS[1:2]:
         path = real_trace(*Path(column[0].file).parts)
-        case = schedules.cut(path, column[0].experts, warm_up=300, measured=150)
+        case = schedules.cut(path, column[0].experts, warm_up=300, measured=150, sample=schedules.SAMPLE)
         layer_s = 1.5e-4
         ways = [way for way in schedules.WAYS if way.policy != "min_bypass"]
         rows = {way.name: schedules.timed(way, column[0], case, layer_s) for way in ways}
         found.append({name: {"s": row.seconds_per_token, "hits": row.hit_rate} for name, row in rows.items()})
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", schedules.COLUMNS[:2], ids=lambda column: column.name)
+def test_what_others_found_for_the_same_machine_comes_out(given: schedules.Column) -> None:
+    path = real_trace(*Path(given.file).parts)
+    case = schedules.cut(path, given.experts, warm_up=schedules.SAMPLE // 2, measured=600, sample=schedules.SAMPLE)
+    column, layer_s = schedules.fit(given, case)
+    for way in schedules.WAYS:
+        known = given.reference.get(way.name)
+        if known is not None and way.policy != "min_bypass":
+            found = schedules.timed(way, column, case, layer_s)
+            assert 1e3 * found.seconds_per_token < 1.02 * known, way
+            if way.name == schedules.FITTED:
+                assert found.hit_rate == pytest.approx(0.392, abs=0.001)
 
 
 def test_exact_with_promotion_is_never_behind(cells: list[dict[str, dict[str, float]]]) -> None:

@@ -38,8 +38,8 @@ class Host:
 def planner(name: str, experts: int, slots: int) -> tuple[Any, Any]:
     if name == "lru":
         return plan_lru, new_lru(experts, slots, DEVICE)
-    alpha = float(name.partition("=")[2] or 0.03)
-    return plan_ema, new_ema(experts, slots, DEVICE, alpha)
+    parameters = {key: float(value) for key, _, value in (part.partition("=") for part in name.split(",")[1:])}
+    return plan_ema, new_ema(experts, slots, DEVICE, **parameters)
 
 
 def listed(plan: Plan) -> tuple[list[int], list[int], list[int]]:
@@ -55,7 +55,7 @@ def check_tables(residents: Residents) -> None:
     assert sum(slot >= 0 for slot in table) == sum(expert >= 0 for expert in owners)
 
 
-@pytest.mark.parametrize("name", ["lru", "ema", "ema,alpha=0.5"])
+@pytest.mark.parametrize("name", ["lru", "ema", "ema,alpha=0.5,burst=0"])
 @pytest.mark.parametrize(("experts", "slots", "top_k"), [(13, 7, 3), (20, 20, 4), (40, 9, 2)])
 def test_every_step_is_that_of_the_policy(name: str, experts: int, slots: int, top_k: int) -> None:
     torch.manual_seed(experts)
@@ -114,7 +114,7 @@ def check_rounds(
     assert computed == event
 
 
-@pytest.mark.parametrize("name", ["lru", "ema", "ema,alpha=0.5"])
+@pytest.mark.parametrize("name", ["lru", "ema", "ema,alpha=0.5,burst=0"])
 @pytest.mark.parametrize(
     ("experts", "slots", "largest"), [(40, 12, 40), (60, 14, 26), (24, 5, 20), (9, 1, 5), (30, 30, 30)]
 )
@@ -185,3 +185,5 @@ def test_bad_input() -> None:
         new_lru(4, 0, DEVICE)
     with pytest.raises(ConfigError, match="alpha=1"):
         new_ema(4, 2, DEVICE, 1.0)
+    with pytest.raises(ConfigError, match="burst=1"):
+        new_ema(4, 2, DEVICE, burst=1.0)

@@ -156,6 +156,8 @@ class Replayed:
     results: list[Result]
     curves: list[Result]
     """Empty unless they are to be drawn."""
+    error: Exception | None
+    """What ended it before it was complete."""
 
 
 def replay(
@@ -168,6 +170,8 @@ def replay(
 ) -> list[Replayed]:
     """Replay every trace. Blocks; `progress` is called after each replay with how many are done, of how many.
 
+    The first error ends it; what was finished before is in the last of those returned, beside the error.
+
     Args:
         draw: also make what curves and heat maps are drawn from.
     """
@@ -177,41 +181,59 @@ def replay(
     total = sum(len(asked.capacities) * (policies + len(asides)) + len(shares) * policies for shares in marks)
     done = 0
 
-    def one_more(*_: object) -> None:
+    def one_more() -> None:
         nonlocal done
         done += 1
         progress(done, total)
 
-    rules = {**asked.rules, "n_jobs": asked.jobs, "progress": one_more}
-    found = []
+    found: list[Replayed] = []
     for trace, name, shares in zip(traces, names, marks, strict=True):
-        try:
-            found.append(_replay(trace, name, asked, asides, shares, rules))
-        except (ConfigError, CapacityError) as error:
-            raise type(error)(f"{name}: {error}") from error
+        found.append(_replay(trace, name, asked, asides, shares, one_more))
+        if found[-1].error is not None:
+            break
     return found
 
 
 def _replay(
-    trace: TraceLike, name: str, asked: Asked, asides: Sequence[str], shares: Sequence[str], rules: dict[str, Any]
+    trace: TraceLike,
+    name: str,
+    asked: Asked,
+    asides: Sequence[str],
+    shares: Sequence[str],
+    one_more: Callable[[], None],
 ) -> Replayed:
     from moert.simulate import sweep
 
-    results = sweep([trace], asked.policies, asked.capacities, scopes=(asked.scope,), **rules)
-    slots = {result.capacity: result.capacity_experts for result in results}
+    def sweep_into(found: list[Result], policies: Sequence[str], capacities: Sequence[str], **how: Any) -> None:
+        def keep(done: int, total: int, result: Result) -> None:
+            found.append(result)
+            one_more()
+
+        sweep([trace], policies, capacities, **asked.rules, n_jobs=asked.jobs, progress=keep, **how)
+
+    results: list[Result] = []
     aside: list[Result] = []
-    if asides:
-        same = [_same(slots, text) for text in asked.capacities]
-        aside = sweep([trace], asides, same, scopes=("global",), bounds=False, **rules)
+    curves: list[Result] = []
+    failed: Exception | None = None
+    try:
+        sweep_into(results, asked.policies, asked.capacities, scopes=(asked.scope,))
+        if asides:
+            slots = {result.capacity: result.capacity_experts for result in results}
+            same = [_same(slots, text) for text in asked.capacities]
+            sweep_into(aside, asides, same, scopes=("global",), bounds=False)
+        if shares:
+            sweep_into(curves, asked.policies, shares, scopes=(asked.scope,), bounds=False)
+    except (ConfigError, CapacityError) as error:
+        failed = type(error)(f"{name}: {error}")
+        failed.__cause__ = error
+    except Exception as error:
+        failed = error
     rows = []
     for place, text in enumerate(asked.capacities):
         own = [_row(result, name, asked) for result in results if result.capacity == text]
         own += [_row(result, name, asked, of=text) for result in aside[place : place + 1]]
         rows += sorted(own, key=lambda row: (not row["bound"], -row["hit_rate"]))
-    curves: list[Result] = []
-    if shares:
-        curves = sweep([trace], asked.policies, shares, scopes=(asked.scope,), bounds=False, **rules)
-    return Replayed(trace, name, rows, results, curves)
+    return Replayed(trace, name, rows, results, curves, failed)
 
 
 def _same(slots: dict[str, int], text: str) -> str:

@@ -17,11 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from moert.cli.options import Json, flag_of
-from moert.cli.output import bar, percent, print_json, short_names, stdout
+from moert.cli.output import bar, one_line, percent, print_json, short_names, stdout
 from moert.cli.replay import CAPACITIES, COUNTS, POLICIES, RESETS, SCOPES, Asked, Replayed, read_asked, replay
 from moert.cli.timing import SCHEDULER, TOKENS, Timing, add_times, read_timing, timing_notes
 from moert.cli.traces import EXPERTS_HELP, TRACE_HELP, check_output, names_of, open_trace, put_output
 from moert.config import format_bytes
+from moert.errors import PolicyError
 
 _COLUMNS = (
     "policy",
@@ -169,22 +170,46 @@ def simulate(
         draw = plot is not None or html is not None
         with bar("replaying") as progress:
             replayed = replay(opened, names_of(traces), asked, draw=draw, progress=progress.update)
-        if timing is not None:
-            for one in replayed:
-                with bar(f"timing {one.name}") as progress:
-                    add_times(one, timing, asked, progress.update)
-        _draw(replayed, asked, command, plot, html)
-    if json:
-        print_json({"command": command, "results": [row for one in replayed for row in one.rows]})
-        return 0
-    console = stdout()
-    for one in replayed:
-        _print(one, console)
-    _print_notes(replayed, asked, timing, console)
+        failed = replayed[-1].error
+        try:
+            if timing is not None and failed is None:
+                for one in replayed:
+                    with bar(f"timing {one.name}") as progress:
+                        add_times(one, timing, asked, progress.update)
+        except PolicyError as error:
+            failed = error
+        if failed is None:
+            _draw(replayed, asked, command, plot, html)
+    _print_all(replayed, asked, timing if failed is None else None, command, failed, json=json)
+    if failed is not None:
+        raise failed
     for path in (plot, html):
-        if path is not None:
-            console.print(Text(f"wrote {path}"), soft_wrap=True)
+        if path is not None and not json:
+            stdout().print(Text(f"wrote {path}"), soft_wrap=True)
     return 0
+
+
+def _print_all(
+    replayed: Sequence[Replayed],
+    asked: Asked,
+    timing: Timing | None,
+    command: str,
+    failed: Exception | None,
+    *,
+    json: bool,
+) -> None:
+    """What was finished, though something `failed` after it; nothing at all if it was the first."""
+    shown = [one for one in replayed if one.rows]
+    if not shown:
+        return
+    if json:
+        document = {"command": command, "results": [row for one in shown for row in one.rows]}
+        print_json(document if failed is None else {**document, "error": one_line(failed)})
+        return
+    console = stdout()
+    for one in shown:
+        _print(one, console)
+    _print_notes(shown, asked, timing, console)
 
 
 def _draw(replayed: Sequence[Replayed], asked: Asked, command: str, plot: Path | None, html: Path | None) -> None:

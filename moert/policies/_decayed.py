@@ -9,7 +9,8 @@ from moert.policies._ranking import Rank, Ranking
 from moert.policies.base import Policy
 from moert.types import ExpertId
 
-_NOTHING = (0.0, 0)
+_TABLED = 64
+"""Events for which decays are looked up, as most uses are no further apart; a lookup takes half the time of a power."""
 
 
 class DecayedSumPolicy(Policy):
@@ -23,10 +24,13 @@ class DecayedSumPolicy(Policy):
     Where sizes differ, it is the sum per byte that counts. Of equal ones the one that was added to longest ago leaves.
     """
 
-    def __init__(self, capacity: int, factor: float) -> None:
-        """`factor` is above 0 and at most 1."""
+    def __init__(self, capacity: int, factor: float, burst: float = 0.0) -> None:
+        """`factor` is above 0 and at most 1. What is added g events after the addition before counts 1 - `burst`^g."""
         super().__init__(capacity)
         self._factor = factor
+        self._decays = [factor**gap for gap in range(_TABLED)]
+        self._shares = [1 - burst**gap for gap in range(_TABLED)]
+        self._burst = burst
         self._rate = -math.log(factor)
         self._sums: dict[ExpertId, tuple[float, int]] = {}
         """Each sum as it was after an event, and which event that was."""
@@ -46,12 +50,19 @@ class DecayedSumPolicy(Policy):
     def _add_all(self, experts: Iterable[ExpertId], layer: int, amount: float) -> None:
         """`amount` to the sum of each of these experts of `layer`, in their order."""
         # One step of every layer passes here, so the loop looks nothing up twice.
-        sums, orders, factor, now, order = self._sums, self._orders, self._factor, self._events[layer], self._order
+        sums, orders, decays, shares = self._sums, self._orders, self._decays, self._shares
+        now, order = self._events[layer], self._order
         residents = self._residents.get(layer, ())
         for expert in experts:
-            total, event = sums.get(expert, _NOTHING)
+            known = sums.get(expert)
+            if known is None:
+                total = amount
+            elif (gap := now - known[1]) < _TABLED:
+                total = known[0] * decays[gap] + amount * shares[gap]
+            else:
+                total = known[0] * self._factor**gap + amount * (1 - self._burst**gap)
+            sums[expert] = (total, now)
             order += 1
-            sums[expert] = (total * factor ** (now - event) + amount, now)
             orders[expert] = order
             if expert in residents:
                 self._unranked.add(expert)

