@@ -48,6 +48,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 8,
         "vocab_size": 4096,
     },
+    # The same bytes as half as many experts of 6 MiB, 4 for a token: what routing recorded from gpt-oss-20b fits.
+    "olmoe-bench-32": {
+        **_OLMOE,
+        "eos_token_id": 2,
+        "hidden_size": 1024,
+        "intermediate_size": 1024,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 8,
+        "vocab_size": 4096,
+    },
     "olmoe-1b-7b": _OLMOE,
     "qwen3-30b-a3b": {
         "architectures": ["Qwen3MoeForCausalLM"],

@@ -54,9 +54,10 @@ bool is_shared_out(const Attention& of) {
 
 void attend(const Attention& attention) {
     AttentionWork work(attention);
-    if (is_shared_out(attention)) return run(work);
-    for (int phase = 0; phase < work.phases(); ++phase)
-        for (int64_t task = 0; task < work.tasks(phase); ++task) work.run(phase, task);
+    if (is_shared_out(attention))
+        run(work);
+    else
+        run_alone(work);
 }
 
 }  // namespace moert

@@ -10,8 +10,11 @@
 namespace moert {
 namespace {
 
-constexpr int64_t kTokensAtOnce = 256;                // tokens whose products one thread holds
-constexpr int64_t kMostTokens = 4096;                 // of a part
+constexpr int64_t kTokensAtOnce = 256;  // tokens whose products one thread holds
+constexpr int64_t kMostTokens = 4096;   // of a part
+// Bytes of weights below which waking another thread costs more than it saves.
+constexpr int64_t kWorthSharing = 192 << 10;
+
 constexpr int64_t kScratchBytes = int64_t{48} << 20;  // of a batch, unless one part alone needs more
 
 // Rows of a task with that many tokens at once, so that their products stay in the second cache.
@@ -300,6 +303,13 @@ int64_t weight_bytes(const Matrix& w) {
         default:
             return numbers;
     }
+}
+
+void run_reading(int64_t nbytes, Work& work) {
+    if (nbytes >= kWorthSharing)
+        run(work);
+    else
+        run_alone(work);
 }
 
 }  // namespace moert

@@ -54,10 +54,11 @@ struct Product {
 
 std::unique_ptr<Work> make_linear(const Product& product);
 
-// Bytes of weights below which waking another thread costs more than it saves.
-constexpr int64_t kWorthSharing = 192 << 10;
-
 // Of the codes of a weight, without scales.
 int64_t weight_bytes(const Matrix& w);
+
+// As run(), for work that reads that many bytes of weights: on this thread alone, unless sharing it saves more than
+// waking another one costs.
+void run_reading(int64_t nbytes, Work& work);
 
 }  // namespace moert

@@ -83,6 +83,8 @@ struct Pointwise {
     void (*add)(float* to, const float* from, int64_t n);
     // to += from * weight
     void (*add_weighted)(float* to, const float* from, float weight, int64_t n);
+    // The sum of w[i] * x[i], of every sixteenth product apart and then of those.
+    float (*dot)(Number number, const uint8_t* w, const float* x, int64_t n);
     // One row of `width` numbers; y may not be x. The squares are summed in double precision.
     void (*normalise)(const Norm& norm, const uint8_t* x, uint8_t* y);
     // y = round(round(x * cos) + round(half-turned x * sin)) over n numbers, where half-turned x is minus its second

@@ -134,3 +134,19 @@ void add(float* to, const float* from, int64_t n) {
 void add_weighted(float* to, const float* from, float weight, int64_t n) {
     for (int64_t i = 0; i < n; ++i) to[i] += from[i] * weight;
 }
+
+// The products of 16 numbers are added up apart, so that the compiler may do them at once.
+float dot(Number number, const uint8_t* w, const float* x, int64_t n) {
+    float sums[16] = {}, wide[64];
+    for (int64_t begin = 0; begin < n; begin += 64) {
+        const int64_t count = n - begin < 64 ? n - begin : 64;
+        widen(number, w + begin * bytes_of(number), wide, count);
+        int64_t i = 0;
+        for (; i + 16 <= count; i += 16)
+            for (int64_t j = 0; j < 16; ++j) sums[j] += wide[i + j] * x[begin + i + j];
+        for (; i < count; ++i) sums[0] += wide[i] * x[begin + i];
+    }
+    for (int64_t half = 8; half > 0; half /= 2)
+        for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
+    return sums[0];
+}

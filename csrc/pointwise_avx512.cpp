@@ -42,8 +42,8 @@ constexpr int64_t kHeadsTogether = 4;
 
 }  // namespace
 
-const Pointwise kPointwiseAvx512 = {widen,        narrow,    round_numbers, gate_numbers, add,
-                                    add_weighted, normalise, turn,          attend,       merge};
+const Pointwise kPointwiseAvx512 = {widen, narrow,    round_numbers, gate_numbers, add,  add_weighted,
+                                    dot,   normalise, turn,          attend,       merge};
 
 }  // namespace moert
 

@@ -30,7 +30,7 @@ constexpr int64_t kHeadsTogether = 1;
 
 }  // namespace
 
-const Pointwise kPointwiseScalar = {widen,        narrow,    round_numbers, gate_numbers, add,
-                                    add_weighted, normalise, turn,          attend,       merge};
+const Pointwise kPointwiseScalar = {widen, narrow,    round_numbers, gate_numbers, add,  add_weighted,
+                                    dot,   normalise, turn,          attend,       merge};
 
 }  // namespace moert

@@ -236,6 +236,11 @@ void Pool::run(Work& work) {
 
 }  // namespace
 
+void run_alone(Work& work) {
+    for (int phase = 0; phase < work.phases(); ++phase)
+        for (int64_t task = 0; task < work.tasks(phase); ++task) work.run(phase, task);
+}
+
 std::shared_ptr<Job> submit(std::unique_ptr<Work> work) {
     Work* const borrowed = work.get();
     return pool.enqueue(borrowed, std::move(work), Job::kFree);

@@ -52,6 +52,9 @@ void wait(Job& job);
 // Within a task it runs on the calling thread alone.
 void run(Work& work);
 
+// All of it on the calling thread, without the pool.
+void run_alone(Work& work);
+
 struct PoolInfo {
     int threads = 0;
     int workers = 0;  // started by now

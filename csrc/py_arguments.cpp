@@ -30,11 +30,6 @@ bool check_number(const Matrix& w, Number number, const char* name) {
     return false;
 }
 
-void run_here(Work& work) {
-    for (int phase = 0; phase < work.phases(); ++phase)
-        for (int64_t task = 0; task < work.tasks(phase); ++task) work.run(phase, task);
-}
-
 bool as_gate(PyObject* object, Gate* gate) {
     const char* curve_name;
     int gated, interleaved, curve;
@@ -62,6 +57,21 @@ bool check_expert(const Expert& expert, const Step& step) {
                  static_cast<long long>(step.hidden), static_cast<long long>(step.width),
                  step.gate.gated ? ", gated" : "");
     return false;
+}
+
+bool as_projection(PyObject* object, const char* name, Number number, int64_t n, int64_t k, Projection* projection) {
+    PyObject *matrix_object, *bias_object;
+    if (!PyArg_ParseTuple(object, "OO:projection", &matrix_object, &bias_object)) return false;
+    const Matrix* matrix = disclose<Matrix>(matrix_object, kMatrixName);
+    if (matrix == nullptr) return false;
+    if (matrix->format != static_cast<Format>(number) || matrix->transposed || matrix->n != n || matrix->k != k) {
+        PyErr_Format(PyExc_ValueError, "%s is [%lld, %lld], and not an unquantised [%lld, %lld] of the type of all",
+                     name, static_cast<long long>(matrix->n), static_cast<long long>(matrix->k),
+                     static_cast<long long>(n), static_cast<long long>(k));
+        return false;
+    }
+    projection->w = *matrix;
+    return as_address(bias_object, name, static_cast<uint64_t>(bytes_of(number)), true, &projection->bias);
 }
 
 }  // namespace moert

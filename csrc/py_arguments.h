@@ -3,11 +3,13 @@
 
 #include "ffn.h"
 #include "isa.h"
+#include "projection.h"
 #include "py.h"
 
 namespace moert {
 
 constexpr uint64_t kMostRows = uint64_t{1} << 32;
+constexpr uint64_t kMostNumbers = 1u << 30;
 
 // The format's names in Python, in the order of Format.
 constexpr const char* kFormatNames[kFormats] = {"fp32", "bf16", "fp16", "fp8", "int8", "int4", "mxfp4"};
@@ -35,7 +37,7 @@ bool as_gate(PyObject* object, Gate* gate);
 
 bool check_expert(const Expert& expert, const Step& step);
 
-// Runs all of it on this thread.
-void run_here(Work& work);
+// (matrix, bias) of [n, k] numbers of that type, the matrix as it lies.
+bool as_projection(PyObject* object, const char* name, Number number, int64_t n, int64_t k, Projection* projection);
 
 }  // namespace moert

@@ -134,8 +134,8 @@ bool run_step(PyObject* args, Step&& step) {
     }
     return without_gil([&] {
         const std::unique_ptr<Work> work = make_ffn(std::move(step));
-        if (nbytes < kWorthSharing && most <= kTokenBlock)
-            run_here(*work);
+        if (most <= kTokenBlock)
+            run_reading(nbytes, *work);
         else
             run(*work);
     });

@@ -62,8 +62,8 @@ PyObject* multiply(const Product& product) {
     const bool done = without_gil([&] {
         note_reading(product.w.data, weight_bytes(product.w));
         const std::unique_ptr<Work> work = make_linear(product);
-        if (weight_bytes(product.w) < kWorthSharing && product.tokens <= kTokenBlock)
-            run_here(*work);
+        if (product.tokens <= kTokenBlock)
+            run_reading(weight_bytes(product.w), *work);
         else
             run(*work);
     });

@@ -6,26 +6,6 @@ namespace {
 
 constexpr uint64_t kMostStep = uint64_t{1} << 40;
 
-}  // namespace
-
-bool as_projection(PyObject* object, const char* name, const SelfAttention& of, int64_t n, int64_t k,
-                   Projection* projection) {
-    PyObject *matrix_object, *bias_object;
-    if (!PyArg_ParseTuple(object, "OO:projection", &matrix_object, &bias_object)) return false;
-    const Matrix* matrix = disclose<Matrix>(matrix_object, kMatrixName);
-    if (matrix == nullptr) return false;
-    if (matrix->format != static_cast<Format>(of.number) || matrix->transposed || matrix->n != n || matrix->k != k) {
-        PyErr_Format(PyExc_ValueError, "%s is [%lld, %lld], and not an unquantised [%lld, %lld] of the type of all",
-                     name, static_cast<long long>(matrix->n), static_cast<long long>(matrix->k),
-                     static_cast<long long>(n), static_cast<long long>(k));
-        return false;
-    }
-    projection->w = *matrix;
-    return as_address(bias_object, name, static_cast<uint64_t>(bytes_of(of.number)), true, &projection->bias);
-}
-
-namespace {
-
 bool as_norm(PyObject* object, const char* name, const SelfAttention& of, int64_t numbers, Norm* norm) {
     if (object == Py_None) return true;
     const char* scale_name;
@@ -81,10 +61,10 @@ PyObject* py_self_attention(PyObject*, PyObject* args) {
     of.width = static_cast<int64_t>(width);
     of.scale = static_cast<float>(scale);
     const int64_t q_numbers = of.heads * of.width, kv_numbers = of.kv_heads * of.width;
-    if (!as_projection(q, "q", of, q_numbers, of.hidden, &of.q) ||
-        !as_projection(k, "k", of, kv_numbers, of.hidden, &of.k) ||
-        !as_projection(v, "v", of, kv_numbers, of.hidden, &of.v) ||
-        !as_projection(o, "o", of, of.hidden, q_numbers, &of.o) ||
+    if (!as_projection(q, "q", of.number, q_numbers, of.hidden, &of.q) ||
+        !as_projection(k, "k", of.number, kv_numbers, of.hidden, &of.k) ||
+        !as_projection(v, "v", of.number, kv_numbers, of.hidden, &of.v) ||
+        !as_projection(o, "o", of.number, of.hidden, q_numbers, &of.o) ||
         !as_norm(q_norm, "the norm of q", of, q_numbers, &of.q_norm) ||
         !as_norm(k_norm, "the norm of k", of, kv_numbers, &of.k_norm) ||
         !as_norm(before, "the norm before", of, of.hidden, &of.before) ||

@@ -212,12 +212,7 @@ class SelfAttentionWork final : public Work {
 
 void attend_token(const SelfAttention& attention, const AttendedToken& token) {
     SelfAttentionWork work(attention, token);
-    if (weight_bytes(attention.q.w) + weight_bytes(attention.o.w) >= kWorthSharing) {
-        run(work);
-    } else {
-        for (int phase = 0; phase < work.phases(); ++phase)
-            for (int64_t task = 0; task < work.tasks(phase); ++task) work.run(phase, task);
-    }
+    run_reading(weight_bytes(attention.q.w) + weight_bytes(attention.o.w), work);
     work.finish();
 }
 

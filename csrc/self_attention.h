@@ -5,14 +5,9 @@
 
 #include "attention.h"
 #include "ffn.h"
+#include "projection.h"
 
 namespace moert {
-
-// y = x w^T + bias; bias may be null.
-struct Projection {
-    Matrix w;
-    const uint8_t* bias = nullptr;
-};
 
 // What is the same for every token. Norms of width 0 are none.
 struct SelfAttention {

@@ -255,6 +255,29 @@ def add_rows(held: torch.Tensor, tokens: torch.Tensor | None, weights: torch.Ten
         _C.add_rows(held.data_ptr(), rows, held.shape[1], to, weights_at, out.data_ptr(), out.shape[0])
 
 
+def add_in_order(held: torch.Tensor, places: Sequence[int], weights: torch.Tensor, out: torch.Tensor) -> None:
+    """Add the rows of `held` [K, D], each times its weight, to `out` [1, D], row after row as `add_rows` would. Blocks.
+
+    Args:
+        held, weights, out: fp32, contiguous, on the CPU.
+        places: [K], where each row's weight is in `weights`.
+
+    Raises:
+        ValueError: dtypes, shapes or places do not fit.
+    """
+    for what, tensor in (("held", held), ("weights", weights), ("out", out)):
+        if tensor.dtype is not torch.float32 or not tensor.is_contiguous() or not tensor.is_cpu:
+            raise ValueError(f"{what} must be contiguous torch.float32 on the CPU, not {tensor.dtype}")
+    rows, width = held.shape
+    if out.shape != (1, width) or len(places) != rows or not all(0 <= place < weights.numel() for place in places):
+        raise ValueError(
+            f"{list(held.shape)} rows with weights {list(places)} of {weights.numel()} do not fit {list(out.shape)}"
+        )
+    begin, weights_at, to = held.data_ptr(), weights.data_ptr(), out.data_ptr()
+    for row, place in enumerate(places):
+        _C.add_rows(begin + 4 * row * width, 1, width, None, weights_at + 4 * place, to, 1)
+
+
 def _addresses(
     tokens: torch.Tensor | None, weights: torch.Tensor | None, rows: int
 ) -> tuple[int, int | None, int | None]:

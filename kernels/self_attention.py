@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from moert import _C
-from moert.kernels.cpu_matrix import NUMBERS, Matrix
+from moert.kernels.cpu_matrix import NUMBERS
 from moert.kernels.norm import Norm
-
-_Projection = tuple[object, int | None]
+from moert.kernels.projection import Projection, check_plain, projection_arguments
 
 
 class Projections(NamedTuple):
     """Weights [N, K] and biases [N] of an attention: [H * W, D], [G * W, D] twice, and [D, H * W]."""
 
-    q: tuple[torch.Tensor, torch.Tensor | None]
-    k: tuple[torch.Tensor, torch.Tensor | None]
-    v: tuple[torch.Tensor, torch.Tensor | None]
-    o: tuple[torch.Tensor, torch.Tensor | None]
+    q: Projection
+    k: Projection
+    v: Projection
+    o: Projection
 
 
 class SelfAttention:
@@ -51,29 +49,21 @@ class SelfAttention:
         Raises:
             ValueError: tensors that are not of one 16-bit type, contiguous and on the CPU, or shapes that do not fit.
         """
-        weights = [weight for weight, _ in projections]
-        biases = [bias for _, bias in projections]
+        (q, _), (k, _) = projections[:2]
         norms = [q_norm, k_norm, before, after]
-        self.dtype = weights[0].dtype
-        self.hidden = weights[0].shape[-1]
-        self.kv_heads, self.width = weights[1].shape[0] // width, width
-        vectors = [*biases, *(norm.weight for norm in norms if norm is not None)]
-        for tensor in (*weights, *(vector for vector in vectors if vector is not None)):
-            if tensor.dtype is not self.dtype or not tensor.is_cpu or not tensor.is_contiguous():
-                raise ValueError(f"all of an attention must be contiguous {self.dtype} on the CPU, not {tensor.dtype}")
-        for weight, bias in projections:
-            if bias is not None and bias.shape != weight.shape[:1]:
-                raise ValueError(f"a bias {list(bias.shape)} does not fit a weight {list(weight.shape)}")
+        self.dtype = q.dtype
+        self.hidden = q.shape[-1]
+        self.kv_heads, self.width = k.shape[0] // width, width
+        check_plain("an attention", (tensor for projection in projections for tensor in projection), self.dtype)
+        check_plain("an attention", (norm.weight for norm in norms if norm is not None), self.dtype)
         self._given = (projections, width, scale, q_norm, k_norm)
-        self._kept = vectors
-        self._number = NUMBERS[self.dtype]
-        matrices = [Matrix("plain", weight) for weight in weights]
+        self._kept = (before, after)
         # The matrices are copied; what they point to is kept.
         self.capsule = _C.self_attention(
-            self._number,
-            (self.hidden, weights[0].shape[0] // width, self.kv_heads, width),
+            NUMBERS[self.dtype],
+            (self.hidden, q.shape[0] // width, self.kv_heads, width),
             scale,
-            _projections(matrices, biases),
+            tuple(map(projection_arguments, projections)),
             tuple(None if norm is None else _arguments(norm) for norm in norms),
         )
         self._is_followed = after is not None
@@ -107,36 +97,42 @@ class SelfAttention:
             None, and nothing is written, where the kernel is not for these tensors: other than plain, on the CPU and
             in the weights' dtype, numbers that do not follow one another, and shapes that are not these.
         """
+        if not self.takes(x):
+            return None
         y = torch.empty_like(x)
         normed = torch.empty_like(x) if self._is_followed else None
-        arguments = self.arguments(x, cos, sin, keys, values, tokens, y, normed)
+        normed_at = None if normed is None else normed.data_ptr()
+        arguments = self.arguments(x.data_ptr(), cos, sin, keys, values, tokens, y.data_ptr(), normed_at)
         if arguments is None:
             return None
         _C.attend_token(self.capsule, arguments)
         return y, normed
 
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether `x` is a token that the kernel is for."""
+        hidden = self.hidden
+        return (
+            x.dtype is self.dtype and x.shape[-1] == hidden and x.numel() == hidden and x.is_contiguous() and x.is_cpu
+        )
+
     def arguments(
         self,
-        x: torch.Tensor,
+        x: int,
         cos: torch.Tensor,
         sin: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         tokens: int,
-        y: torch.Tensor,
-        normed: torch.Tensor | None,
+        y: int,
+        normed: int | None,
     ) -> tuple[Any, ...] | None:
         """What the extension takes of a token: see `run`; None where the kernel is not for these tensors.
 
-        `y` and `normed` are new memory like `x`.
+        `x`, `y` and `normed` are addresses of memory like a token that it `takes`.
         """
         dtype, turned = self.dtype, cos.numel()
         if (
-            x.dtype is not dtype
-            or x.shape[-1] != self.hidden
-            or x.numel() != self.hidden
-            or not (x.is_contiguous() and x.is_cpu)
-            or not (cos.dtype is sin.dtype is dtype)
+            not (cos.dtype is sin.dtype is dtype)
             or not (cos.is_contiguous() and sin.is_contiguous() and cos.is_cpu and sin.is_cpu)
             or not turned == cos.shape[-1] == sin.shape[-1] == sin.numel()
             or turned % 2
@@ -146,15 +142,15 @@ class SelfAttention:
             return None
         k_steps, v_steps = keys.stride(), values.stride()
         return (
-            x.data_ptr(),
+            x,
             cos.data_ptr(),
             sin.data_ptr(),
             turned,
             (keys.data_ptr(), k_steps[1], k_steps[2]),
             (values.data_ptr(), v_steps[1], v_steps[2]),
             tokens,
-            y.data_ptr(),
-            None if normed is None else normed.data_ptr(),
+            y,
+            normed,
         )
 
     def _has_room(self, room: torch.Tensor, tokens: int) -> bool:
@@ -169,13 +165,6 @@ class SelfAttention:
             and shape[3] == self.width
             and room.stride(3) == 1
         )
-
-
-def _projections(matrices: Sequence[Matrix], biases: Sequence[torch.Tensor | None]) -> tuple[_Projection, ...]:
-    return tuple(
-        (matrix.capsule, None if bias is None else bias.data_ptr())
-        for matrix, bias in zip(matrices, biases, strict=True)
-    )
 
 
 def _arguments(norm: Norm) -> tuple[str, float, int, int]:

@@ -3,42 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from moert import _C
-from moert.kernels.cpu_ffn import Expert, ExpertFfn
-from moert.kernels.cpu_matrix import NUMBERS, Matrix
-from moert.kernels.router_rule import RouterRule
+from moert.kernels.moe_block import ExpertTable, Picks, TokenBlock
 from moert.kernels.self_attention import SelfAttention
-
-
-class TokenRouter(NamedTuple):
-    """A router whose logits are a product in the layer's dtype."""
-
-    weight: torch.Tensor
-    """[E, D]"""
-    bias: torch.Tensor | None
-    """[E], added to the product."""
-    rule: RouterRule
-    weights_dtype: torch.dtype
-    """What the picks' weights are rounded to."""
-
-
-class ExpertTable:
-    """All experts of a layer, by id; keeps them alive."""
-
-    __slots__ = ("_experts", "capsule")
-
-    def __init__(self, ffn: ExpertFfn, experts: Sequence[Expert]) -> None:
-        """
-        Raises:
-            ValueError: an expert is not of the layer.
-        """
-        self._experts = tuple(experts)
-        capsules = [expert.capsule for expert in self._experts]
-        self.capsule = _C.expert_table(ffn.hidden, ffn.width, ffn.gate.gated, capsules)
 
 
 class LayerOutput(NamedTuple):
@@ -53,7 +24,9 @@ class LayerOutput(NamedTuple):
     weights: torch.Tensor
     """[1, K] fp32, rounded as the router does."""
     logits: torch.Tensor
-    """[1, E] in the layer's dtype."""
+    """[1, E]"""
+    shared: torch.Tensor | None
+    """Like x: what the shared expert gives; None where there is none."""
     output: torch.Tensor | None
     """Like x: `hidden` plus what the experts give; None: they have not been computed."""
     experts_s: float
@@ -61,35 +34,21 @@ class LayerOutput(NamedTuple):
 
 
 class TokenLayer:
-    """h = x + attention(norm(x)), and then h + experts(norm(h)), whose experts a router picks.
+    """h = x + attention(norm(x)), and then h + block(norm(h)).
 
-    A token through it gives the very bits that the parts give one after the other. Of experts with equal scores those
-    are picked that `torch.topk` picks.
+    A token through it gives the very bits that the parts give one after the other.
     """
 
-    def __init__(self, attention: SelfAttention, router: TokenRouter, ffn: ExpertFfn) -> None:
+    def __init__(self, attention: SelfAttention, block: TokenBlock) -> None:
         """`attention` has norms before and after it; weights are read where they are, and kept alive.
 
         Raises:
             ValueError: the parts do not fit together.
         """
-        weight, bias, rule, dtype = router
-        if weight.dtype is not attention.dtype or ffn.dtype is not attention.dtype or ffn.hidden != attention.hidden:
-            raise ValueError(
-                f"an attention of {attention.hidden} numbers in {attention.dtype} does not go with a router in "
-                f"{weight.dtype} and experts of {ffn.hidden} numbers in {ffn.dtype}"
-            )
-        self.attention, self.top_k, self.num_experts = attention, rule.top_k, weight.shape[0]
-        self.shape = (attention.hidden, self.num_experts, self.top_k, attention.dtype)
-        """D, E, K and the dtype: what layers that run together have in common."""
-        self._kept = (weight, bias)
-        self.plan = _C.token_layer(
-            attention.capsule,
-            (Matrix("plain", weight).capsule, None if bias is None else bias.data_ptr()),
-            _arguments(rule, dtype),
-            ffn.arguments,
-            ffn.width,
-        )
+        self.attention, self.block = attention, block
+        self.shape = block.shape
+        """What layers that run together have in common."""
+        self.plan = _C.token_layer(attention.capsule, block.plan)
 
     def run(
         self,
@@ -108,18 +67,21 @@ class TokenLayer:
         Returns:
             None, and nothing is written, where the kernel is not for these tensors.
         """
-        y, normed, output = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-        arguments = self.attention.arguments(x, cos, sin, keys, values, tokens, y, normed)
-        if arguments is None:
+        if not self.attention.takes(x):
             return None
-        ids = torch.empty((1, self.top_k), dtype=torch.int64)
-        weights = torch.empty((1, self.top_k), dtype=torch.float32)
-        logits = torch.empty((1, self.num_experts), dtype=x.dtype)
-        table = None if experts is None else experts.capsule
-        (took,) = _C.run_layers(
-            [(self.plan, arguments, ids.data_ptr(), weights.data_ptr(), logits.data_ptr(), table, output.data_ptr())]
+        y, normed, output = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+        token = self.attention.arguments(x.data_ptr(), cos, sin, keys, values, tokens, y.data_ptr(), normed.data_ptr())
+        if token is None:
+            return None
+        picks = Picks(self.block, x)
+        (took,) = _C.run_layers([(self.plan, token, picks.arguments(0, experts, output.data_ptr()))])
+        return LayerOutput(
+            y, normed, picks.ids, picks.weights, picks.logits, picks.shared, None if took < 0 else output, took
         )
-        return LayerOutput(y, normed, ids, weights, logits, None if took < 0 else output, took)
+
+    def finish(self, found: LayerOutput, experts: torch.Tensor) -> torch.Tensor:
+        """The output for what `run` left without, once somebody has computed the experts [1, D]."""
+        return found.hidden + self.block.finish(found, experts)
 
 
 class LayersOutput(NamedTuple):
@@ -150,67 +112,28 @@ def run_layers(
     """As `TokenLayer.run` of each on what the one before gave, in one call; ends where experts cannot be computed.
 
     Args:
-        layers: of one dtype, hidden size and number of experts and of picks.
+        layers: of one `shape`.
         places: keys, values and tokens of each.
 
     Returns:
         None, and nothing is written, where the kernel is not for these tensors.
     """
-    count, top_k = len(layers), layers[0].top_k
-    outputs, normed = (torch.empty((count, *x.shape), dtype=x.dtype) for _ in range(2))
+    if not layers[0].attention.takes(x):
+        return None
+    count = len(layers)
+    outputs, normed = (x.new_empty((count, *x.shape)) for _ in range(2))
+    picks = Picks(layers[0].block, x, count)
     hidden = torch.empty_like(x)
-    ids = torch.empty((count, 1, top_k), dtype=torch.int64)
-    weights = torch.empty((count, 1, top_k), dtype=torch.float32)
-    logits = torch.empty((count, 1, layers[0].num_experts), dtype=x.dtype)
+    hidden_at, outputs_at, normed_at = hidden.data_ptr(), outputs.data_ptr(), normed.data_ptr()
     step, before = x.numel() * x.element_size(), x.data_ptr()
     calls = []
     for i, (layer, place, table) in enumerate(zip(layers, places, experts, strict=True)):
-        arguments = layer.attention.arguments(x, cos, sin, *place, hidden, hidden)
-        if arguments is None:
+        token = layer.attention.arguments(before, cos, sin, *place, hidden_at, normed_at + i * step)
+        if token is None:
             return None
-        output = outputs.data_ptr() + i * step
-        calls.append(
-            (
-                layer.plan,
-                (before, *arguments[1:-1], normed.data_ptr() + i * step),
-                ids.data_ptr() + i * 8 * top_k,
-                weights.data_ptr() + i * 4 * top_k,
-                logits.data_ptr() + i * logits.shape[2] * logits.element_size(),
-                table.capsule,
-                output,
-            )
-        )
-        before = output
+        before = outputs_at + i * step
+        calls.append((layer.plan, token, picks.arguments(i, table, before)))
     seconds = _C.run_layers(calls)
-    return LayersOutput(outputs, normed, ids, weights, logits, [took for took in seconds if took >= 0])
-
-
-def pick(rule: RouterRule, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The picks of one token: ids [K] int64, the best first, and weights [K], fp32 but rounded to `dtype`.
-
-    Args:
-        logits: [E] fp32, contiguous, on the CPU.
-
-    Raises:
-        ValueError: more picks than there are experts, groups that do not divide them.
-    """
-    ids = torch.empty(rule.top_k, dtype=torch.int64)
-    weights = torch.empty(rule.top_k, dtype=torch.float32)
-    _C.pick(_arguments(rule, dtype), logits.data_ptr(), len(logits), ids.data_ptr(), weights.data_ptr())
-    return ids, weights
-
-
-def _arguments(rule: RouterRule, dtype: torch.dtype) -> tuple[Any, ...]:
-    return (
-        rule.scores,
-        rule.weights,
-        rule.top_k,
-        rule.normalise,
-        rule.epsilon,
-        rule.scale,
-        rule.groups,
-        rule.kept_groups,
-        rule.group_score == "top2",
-        None,
-        NUMBERS[dtype],
+    return LayersOutput(
+        outputs, normed, picks.ids, picks.weights, picks.logits, [took for took in seconds if took >= 0]
     )

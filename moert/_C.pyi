@@ -76,6 +76,37 @@ def rms_norm(
     rows: int,
     /,
 ) -> None: ...
+def gate_look(
+    number: str,
+    source: int,
+    width: int,
+    eps: float,
+    scaled: int | None,
+    gain: int | None,
+    offset: int | None,
+    weight_number: str,
+    weight: int,
+    experts: int,
+    bias: int | None,
+    correction: int | None,
+    count: int,
+    values: int,
+    /,
+) -> list[int]: ...
+def learn_lines(
+    source_number: str,
+    source: int,
+    target_number: str,
+    target: int,
+    width: int,
+    share: float,
+    moments_too: bool,
+    means: int,
+    moments: int,
+    gain: int,
+    offset: int,
+    /,
+) -> bool: ...
 def rotate(
     number: str,
     sizes: tuple[int, int, int, int, int],
@@ -99,17 +130,22 @@ def self_attention(
 def same_bytes(a: int, b: int, nbytes: int, /) -> bool: ...
 def holds(entries: list[tuple[Any, ...]], /) -> bool: ...
 def attend_token(attention: object, token: _Token, /) -> None: ...
-def token_layer(
-    attention: object,
-    router: tuple[object, int | None],
+def moe_block(
+    number: str,
+    hidden: int,
+    router: tuple[object, int | None, str],
     rule: tuple[Any, ...],
     gate: tuple[Any, ...],
     width: int,
+    scale: float,
+    shared: tuple[Any, ...] | None,
     /,
 ) -> object: ...
+def run_block(block: object, x: int, token: tuple[Any, ...], /) -> float: ...
+def token_layer(attention: object, block: object, /) -> object: ...
 def pick(rule: tuple[Any, ...], logits: int, experts: int, ids: int, weights: int, /) -> None: ...
 def expert_table(hidden: int, width: int, gated: bool, experts: list[object], /) -> object: ...
-def run_layers(layers: list[tuple[object, _Token, int, int, int, object | None, int]], /) -> list[float]: ...
+def run_layers(layers: list[tuple[object, _Token, tuple[Any, ...]]], /) -> list[float]: ...
 def attend(
     number: str,
     sizes: tuple[int, int, int, int, int, int],

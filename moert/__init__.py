@@ -21,7 +21,7 @@ from moert.errors import (
 )
 
 if TYPE_CHECKING:
-    from moert.api import OffloadConfig, close, follow, load, patch, record, reset_stats, resize, stats, unpatch
+    from moert.api import OffloadConfig, close, follow, hint, load, patch, record, reset_stats, resize, stats, unpatch
 
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     # torch's threads spin for milliseconds after each operation, on the cores that moert's compute with; this leaves
@@ -43,6 +43,7 @@ __all__ = [
     "__version__",
     "close",
     "follow",
+    "hint",
     "load",
     "patch",
     "record",
@@ -53,7 +54,7 @@ __all__ = [
 ]
 
 _LAZY = frozenset(
-    {"OffloadConfig", "close", "follow", "load", "patch", "record", "reset_stats", "resize", "stats", "unpatch"}
+    {"OffloadConfig", "close", "follow", "hint", "load", "patch", "record", "reset_stats", "resize", "stats", "unpatch"}
 )
 
 

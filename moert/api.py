@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +27,7 @@ __all__ = [
     "Progress",
     "close",
     "follow",
+    "hint",
     "load",
     "patch",
     "record",
@@ -217,6 +219,21 @@ def follow(model: nn.Module, trace: TraceLike) -> Iterator[None]:
     """
     with following.follow(model, trace):
         yield
+
+
+def hint(model: nn.Module, token_ids: Sequence[int]) -> None:
+    """Say which tokens will probably come after those of the next forward pass: a draft, or the rest of a prompt.
+
+    For one sequence, until that pass is over. A predictor that knows what tokens choose (`lookup`, `token_table`,
+    `expertflow`) tells a policy that looks ahead (`ema_ahead`) by it; no token depends on it. Returns at once.
+
+    Raises:
+        MoertError: nothing in the model is offloaded, or its experts are closed.
+        ConfigError: these are no token ids.
+    """
+    if not all(isinstance(token, numbers.Integral) for token in token_ids):
+        raise ConfigError(f"token_ids={token_ids!r} must be whole numbers")
+    _model.runtime_of(model).hint([int(token) for token in token_ids])
 
 
 def close(model: nn.Module) -> None:

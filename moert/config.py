@@ -95,6 +95,9 @@ class OffloadConfig:
     predictor: str = "gate_ahead_corrected"
     """What guesses at the experts that the next layers will need, so that they are read before anybody waits: the name
     of a file in `predictors`, "package.module:Class", or "none". Parameters follow: "joint,speed=0.05"."""
+    prefetch: bool = True
+    """Read what is predicted before anybody waits for it, where that gains time. False: predictions only tell policies
+    that look ahead who should leave."""
     io_depth: int | None = None
     """Reads in flight at once, of each disk. None: starts with 4 and goes where the disk gains, measured in use."""
     direct_io: bool = True
@@ -126,7 +129,7 @@ class OffloadConfig:
             isinstance(self.io_depth, bool) or not isinstance(self.io_depth, int) or not 1 <= self.io_depth <= 64
         ):
             raise ConfigError(f"io_depth={self.io_depth!r} must be None or a whole number from 1 to 64")
-        for option in ("shrink_on_pressure", "direct_io", "debug"):
+        for option in ("shrink_on_pressure", "prefetch", "direct_io", "debug"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option}={getattr(self, option)!r} must be True or False")
         for option in ("preload", "dense_kernels"):

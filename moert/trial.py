@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections import deque
 
 BLOCK = 64
 """Tokens before the turns change; what went before still shows in the first of them."""
@@ -20,13 +22,30 @@ REST = 2048
 LONGEST_REST = 16384
 """Tokens until it is tried again; twice as many each time that the answer has been the same."""
 
+COST = 0.005
+"""Of the time between two trials, what the worse way may take in the first of them: after a dear one rests are longer.
+Half of what is allowed, as trials are not all there is to lose."""
+
+ERRORS = 2
+"""A gain nearer to `GAIN` than so many of its standard errors leaves a doubt;"""
+
+MOST_ROUNDS = 2
+"""with one left after so many rounds of four blocks, it stays as it was."""
+
+FEW = 8
+"""So many tokens of a block are enough to end a trial"""
+
+OUTRIGHT = 1.25
+"""if they take so many times as long as those before it."""
+
 
 class Trial:
     """Says for each token whether to do it, and learns from how long the tokens took.
 
     Two blocks of tokens with it and two without, in the order that makes a steady drift cancel out; if the first two
-    leave no doubt, only those. Then it is done or not until the next trial. Medians are compared, so that a pause of
-    the user, or of the machine, does not decide. No clock, no thread.
+    leave no doubt, only those, and where times vary so much that four leave one, as many again. Then it is done or not
+    until the next trial. Medians are compared, so that a pause of the user, or of the machine, does not decide. No
+    clock, no thread.
     """
 
     def __init__(self, *, is_on: bool = True) -> None:
@@ -35,9 +54,13 @@ class Trial:
         """Whether to do it for the next token."""
         self._usual = is_on
         self._turns: list[bool] = []
+        self._rounds = 0
+        """Begun in this trial."""
         self._tokens = 0
         self._until = BLOCK
         self._times: dict[bool, list[float]] = {True: [], False: []}
+        self._before: deque[float] = deque(maxlen=BLOCK)
+        """Of the latest tokens outside of trials."""
         self._rest = REST
 
     @property
@@ -48,31 +71,65 @@ class Trial:
     def note(self, seconds: float) -> None:
         """A token has taken so long, with `is_on` as it was."""
         self._tokens += 1
-        if self._turns and self._tokens > SETTLING:
+        if not self._turns:
+            self._before.append(seconds)
+        elif self._tokens > SETTLING:
             self._times[self.is_on].append(seconds)
+            if self._is_outright():
+                self._decide(self._usual)
+                return
         if self._tokens < self._until:
             return
         self._tokens = 0
         if not self._turns:
-            self._turns = [True, False, False, True]
+            self._turns, self._rounds = [True, False, False, True], 1
             self._times = {True: [], False: []}
         else:
             self._turns.pop(0)
-            gain = self._gain()
-            if not self._turns or (len(self._turns) == 2 and gain is not None and abs(gain) >= CLEAR):
-                assert gain is not None
-                self._decide(gain >= GAIN)
-                return
+            if len(self._turns) in (0, 2):
+                gain, error = self._gain()
+                doubtful = abs(gain - GAIN) < ERRORS * error
+                if not self._turns and doubtful and self._rounds < MOST_ROUNDS:
+                    self._turns, self._rounds = [True, False, False, True], self._rounds + 1
+                elif not self._turns:
+                    self._decide(self._usual if doubtful else gain >= GAIN)
+                    return
+                elif not doubtful and abs(gain) >= CLEAR:
+                    self._decide(gain >= GAIN)
+                    return
         self.is_on, self._until = self._turns[0], BLOCK
 
-    def _gain(self) -> float | None:
-        if not all(self._times.values()):
-            return None
-        with_it, without = statistics.median(self._times[True]), statistics.median(self._times[False])
-        return without / with_it - 1 if with_it > 0 else 0.0
+    def _gain(self) -> tuple[float, float]:
+        """And its standard error."""
+        (with_it, error_with), (without, error_without) = (_median(self._times[way]) for way in (True, False))
+        if not with_it or not without:
+            return 0.0, 0.0
+        ratio = without / with_it
+        return ratio - 1, ratio * math.hypot(error_with / with_it, error_without / without)
+
+    def _is_outright(self) -> bool:
+        """Whether the way that is not the usual one is so much slower that the rest of the trial can be left out."""
+        times = self._times[self.is_on]
+        if self.is_on == self._usual or len(times) != FEW or not self._before:
+            return False
+        before = self._times[self._usual] or self._before
+        return statistics.median(times) > OUTRIGHT * statistics.median(before)
 
     def _decide(self, keep: bool) -> None:
+        # Where more of a trial's tokens were slow than the rest makes up for, the next one is later.
+        worse, better = self._times[not keep], self._times[keep] or list(self._before)
+        cost = 0.0
+        if worse and better and (typical := statistics.median(better)) > 0:
+            cost = (len(worse) + SETTLING * math.ceil(len(worse) / BLOCK)) * (statistics.median(worse) / typical - 1)
         self._rest = min(2 * self._rest, LONGEST_REST) if keep == self._usual else REST
         self._usual = self.is_on = keep
         self._turns = []
-        self._until = self._rest
+        self._tokens = 0
+        self._until = max(self._rest, int(min(cost / COST, 1e9)))
+
+
+def _median(times: list[float]) -> tuple[float, float]:
+    """And its standard error, as if times were normally distributed but for a few."""
+    median = statistics.median(times)
+    deviation = 1.4826 * statistics.median(abs(one - median) for one in times)
+    return median, 1.2533 * deviation / math.sqrt(len(times))

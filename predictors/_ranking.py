@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from moert.kernels import cpu
+from moert.kernels.gate_look import GateLook, is_for
 from moert.predictors.base import MARGIN, Floats, Prediction, Router
 
 
@@ -14,9 +15,13 @@ class Looks:
 
     def __init__(self) -> None:
         self._logits: dict[int, tuple[Router, torch.Tensor]] = {}
+        self._kernels: dict[int, tuple[torch.Tensor, GateLook | None]] = {}
+        """Of each layer, the weight that they are for."""
 
     def look(self, layer: int, router: Router, hidden: torch.Tensor) -> Prediction | None:
         """See `rank`; None where `hidden` is not finite, or of no token."""
+        if len(hidden) == 1 and is_for(hidden) and (kernel := self.kernel(layer, router)) is not None:
+            return self.note(layer, router, *kernel.best(hidden))
         if not len(hidden):
             return None
         logits = logits_of(router, hidden)
@@ -26,6 +31,27 @@ class Looks:
         else:
             self._logits[layer] = (router, logits)
         return found
+
+    def kernel(self, layer: int, router: Router) -> GateLook | None:
+        """What looks at one token at a time; None where it cannot read the router's weight."""
+        known = self._kernels.get(layer)
+        if known is None or known[0] is not router.weight:
+            weight = router.weight
+            count = min(len(weight), int(MARGIN * router.top_k))
+            made = GateLook(weight, router.bias, router.correction, count) if is_for(weight) else None
+            known = self._kernels[layer] = (weight, made)
+        return known[1]
+
+    def note(self, layer: int, router: Router, order: list[int], logits: torch.Tensor) -> Prediction | None:
+        """What has been found for one token, best first, and what was compared [1, E]; nothing was if not finite."""
+        if not order:
+            self._logits.pop(layer, None)
+            return None
+        self._logits[layer] = (router, logits)
+        if max(order) < router.num_experts:
+            return Prediction(layer, order, list(range(len(order))))
+        kept = [(expert, place) for place, expert in enumerate(order) if expert < router.num_experts]
+        return Prediction(layer, [expert for expert, _ in kept], [place for _, place in kept])
 
     def forget(self) -> None:
         """What was looked at is over."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moert.kernels.gate_look import Lines, is_for
 from moert.kernels.norm import rms_norm
 from moert.predictors._checks import check_from_to
 from moert.predictors._ranking import Looks
@@ -28,20 +29,12 @@ class _Channels:
     """What will become of each channel of a vector, by linear regression on what became of it before."""
 
     def __init__(self, width: int) -> None:
-        self._mean = torch.zeros(2, width)
-        self._moments = torch.zeros(2, width)
-        """Variance of the source, covariance of both."""
-        self._gain = torch.ones(width)
-        self._offset = torch.zeros(width)
-        self._applied: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Gain and offset in the dtype of what they are applied to."""
+        self.lines = Lines(width)
         self._steps = 0
 
     def apply(self, source: torch.Tensor) -> torch.Tensor:
         """The expected target of each row of `source` [T, D], in its dtype."""
-        if self._applied is None or self._applied[0].dtype is not source.dtype:
-            self._applied = (self._gain.to(source.dtype), self._offset.to(source.dtype))
-        return torch.addcmul(self._applied[1], source, self._applied[0])
+        return torch.addcmul(self.lines.offset, source.float(), self.lines.gain).to(source.dtype)
 
     def learn(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """`source` became `target`, both [T, D]."""
@@ -49,19 +42,23 @@ class _Channels:
         self._steps += 1
         if few and self._steps % EVERY and self._steps > EVERY:
             return
+        if len(source) == 1 and is_for(source) and is_for(target):
+            first = self._steps == 1
+            self.lines.learn(source, target, 1.0 if first else SHARE, moments=not first)
+            return
         both = torch.stack((source.float(), target.float()))
         if not both.sum().isfinite():
             return
-        apart = both - (self._mean if few else both.mean(1))[:, None]
+        lines = self.lines
+        apart = both - (lines.mean if few else both.mean(1))[:, None]
         moments = (apart * apart[:1]).mean(1)
         share = SHARE if few and self._steps > 1 else 1.0
-        self._mean.lerp_(both.mean(1), share)
+        lines.mean.lerp_(both.mean(1), share)
         if not few or self._steps > 1:
-            self._moments.lerp_(moments, share)
-        known = self._moments[0] > 0
-        self._gain = torch.where(known, self._moments[1] / self._moments[0], self._gain)
-        self._offset = self._mean[1] - self._gain * self._mean[0]
-        self._applied = None
+            lines.moments.lerp_(moments, share)
+        known = lines.moments[0] > 0
+        lines.gain.copy_(torch.where(known, lines.moments[1] / lines.moments[0], lines.gain))
+        lines.offset.copy_(lines.mean[1] - lines.gain * lines.mean[0])
 
 
 class GateAheadCorrected(Predictor):
@@ -108,6 +105,19 @@ class GateAheadCorrected(Predictor):
         return [found for found in looks if found is not None]
 
     def enter(self, layer: int, residual: torch.Tensor) -> Prediction | None:
+        router = self.model.router(layer)
+        if (
+            len(residual) == 1
+            and is_for(residual)
+            and router is not None
+            and router.weight.shape[1:] == residual[0].shape
+        ):
+            kernel = self._looks.kernel(layer, router)
+            if kernel is not None:
+                scaled = torch.empty(residual.shape)
+                self._entered = (layer, scaled)
+                lines = self._lines(self._from_entry, (layer, 0))
+                return self._looks.note(layer, router, *kernel.best(residual, lines, EPS, scaled))
         scaled = self._scaled(residual)
         self._entered = (layer, scaled)
         return self._look(self._from_entry, (layer, 0), scaled)
@@ -141,5 +151,12 @@ class GateAheadCorrected(Predictor):
         router = self.model.router(key[0])
         if router is None or router.weight.shape[1] != source.shape[1]:
             return None
+        if len(source) == 1 and is_for(source) and (kernel := self._looks.kernel(key[0], router)) is not None:
+            return self._looks.note(key[0], router, *kernel.best(source, self._lines(known, key)))
         channels = known.get(key)
         return self._looks.look(key[0], router, source if channels is None else channels.apply(source))
+
+    @staticmethod
+    def _lines(known: dict[tuple[int, int], _Channels], key: tuple[int, int]) -> Lines | None:
+        channels = known.get(key)
+        return None if channels is None else channels.lines

@@ -17,12 +17,14 @@ from moert.kernels.cpu import linear
 from moert.kernels.cpu_ffn import ExpertFfn
 from moert.kernels.cpu_matrix import Matrix
 from moert.kernels.gate import Gate
+from moert.kernels.moe_block import ExpertTable, TokenBlock, TokenRouter
+from moert.kernels.moe_block import pick as pick_by
 from moert.kernels.norm import SCALES, Norm, rms_norm
 from moert.kernels.reference_grouped import router_topk
 from moert.kernels.rotary import rotate
 from moert.kernels.router_rule import RouterRule
 from moert.kernels.self_attention import Projections, SelfAttention
-from moert.kernels.token_layer import ExpertTable, TokenLayer, TokenRouter, pick
+from moert.kernels.token_layer import TokenLayer
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -182,6 +184,10 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         SelfAttention(Projections(q, (parts.normal(48, 48), None), (parts.normal(48, 48), None), o), 16, 0.3)
 
 
+def pick(rule: RouterRule, logits: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return pick_by(TokenRouter(logits[:, None], None, rule, dtype), logits)
+
+
 RULES = [
     RouterRule(4),
     RouterRule(4, normalise=True),
@@ -244,7 +250,7 @@ class Layer:
             )
             for _ in range(experts)
         ]
-        self.kernel = TokenLayer(parts.kernel(), self.router, self.ffn)
+        self.kernel = TokenLayer(parts.kernel(), TokenBlock(self.router, self.ffn))
 
     def run(self, experts: ExpertTable | None) -> Any:
         parts = self.parts
@@ -289,16 +295,18 @@ def test_experts_that_are_not_there_are_left_to_others() -> None:
 def test_picks_without_weight_are_left_to_others() -> None:
     layer = Layer(torch.bfloat16)
     rule = RouterRule(3, scale=0.0)
-    layer.kernel = TokenLayer(layer.parts.kernel(), layer.router._replace(rule=rule), layer.ffn)
+    layer.kernel = TokenLayer(layer.parts.kernel(), TokenBlock(layer.router._replace(rule=rule), layer.ffn))
     assert layer.run(ExpertTable(layer.ffn, layer.experts)).output is None
 
 
 def test_layers_of_parts_that_do_not_fit_are_refused() -> None:
     layer = Layer(torch.bfloat16)
-    with pytest.raises(ValueError, match="does not go with a router"):
-        TokenLayer(layer.parts.kernel(), layer.router, ExpertFfn(Gate(), 32, 24, torch.bfloat16))
+    with pytest.raises(ValueError, match=r"a router \[8, 48\] in bf16 does not give logits in bf16 for 32 numbers"):
+        TokenBlock(layer.router, ExpertFfn(Gate(), 32, 24, torch.bfloat16))
     with pytest.raises(ValueError, match="a norm after it"):
-        TokenLayer(layer.parts.kernel(between=False), layer.router, layer.ffn)
+        TokenLayer(layer.parts.kernel(between=False), layer.kernel.block)
+    with pytest.raises(ValueError, match="an attention of 48 numbers in bf16 and a block of 48 in fp16"):
+        TokenLayer(layer.parts.kernel(), Layer(torch.float16).kernel.block)
     other = ExpertFfn(Gate(), 48, 8, torch.bfloat16)
     expert = other.expert(Matrix("plain", layer.parts.normal(16, 48)), Matrix("plain", layer.parts.normal(48, 8)))
     with pytest.raises(ValueError, match="an expert of up"):

@@ -46,9 +46,9 @@ class Rig:
     def __init__(self, capacity: int = 4) -> None:
         self.disk = FakeDisk()
         self.layers = [FakeLayer(index, E, capacity, self.disk) for index in range(2)]
-        self.pipeline = Pipeline(self.layers, 8)
+        self.pipeline = Pipeline(self.layers, 8, clock=lambda: 0.0)
         self.script = Script()
-        self.ahead = LookAhead(self.script, self.layers, self.pipeline)
+        self.ahead = LookAhead(self.script, self.layers, self.pipeline, clock=lambda: 0.0)
 
     def expect(self, experts: list[int], layer: int = 1) -> None:
         self.script.next = [Prediction(layer, experts, list(range(len(experts))))]

@@ -22,10 +22,11 @@ from moert.cli import main
 from moert.errors import ConfigError, PolicyError
 from moert.policies import Policy, make_policy
 from moert.policies.ema_ahead import EMAAhead
+from moert.predictors._ahead import chances_ahead
 from moert.predictors.base import Floats, Ints, Model, Predictor
 from moert.schedule import Costs, Curve, Promotion
 from moert.simulate import simulate
-from moert.simulate.ahead import chances_ahead, look_ahead
+from moert.simulate.ahead import look_ahead
 from moert.simulate.capacity import Scope
 from moert.simulate.events import Reading
 from moert.simulate.timed import simulate_time

@@ -21,6 +21,7 @@ from moert.hf.dense_compute import count, give_back, take_over
 from moert.hf.reference import round_as_moert
 from moert.hf.routers import RouterForward
 from moert.kernels.cpu import linear
+from moert.kernels.moe_block import fine_linear
 
 CALLED = 0
 FACTOR = 1
@@ -110,9 +111,43 @@ def test_product_is_moerts_and_all_else_the_classes(kind: type[nn.Module], dtype
     assert calls.during(lambda: router(x)) == 0
 
 
-class InFp32(Router):
+class InFp32(WithBias):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden.float(), self.weight.float())
+        return F.linear(hidden.float(), self.weight.float(), self.bias.type(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_product_in_fp32_of_what_is_cast_to_it(dtype: torch.dtype) -> None:
+    router, x = made(InFp32, dtype), numbers(2, 3, 48, dtype=dtype)
+    assert taken(router)
+    found = router(x)
+    assert torch.equal(found, fine_linear(x.float(), router.weight.float(), router.bias.float()))
+    wanted = F.linear(x.double(), router.weight.double(), router.bias.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2**-20)
+    # Each row is the same whatever comes with it.
+    assert torch.equal(router(x[1:, 2:]), found[1:, 2:])
+
+
+def test_finer_router_of_a_model_of_16_bits() -> None:
+    model = nn.Sequential(made(Plain, torch.float32), nn.Linear(8, 8, dtype=torch.bfloat16))
+    take_over(model, None)
+    assert count(model, RouterForward) == 1
+    assert count(made(Plain, torch.float32), RouterForward) == 0
+    x = numbers(3, 48, dtype=torch.float32)
+    expected = fine_linear(x, model[0].weight).softmax(-1).topk(2)
+    assert torch.equal(model[0](x)[0], expected.values)
+
+
+class OfTwo(Router):
+    def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.weight) + bias
+
+
+def test_router_that_is_given_a_vector_too(calls: Calls) -> None:
+    router, x, bias = made(OfTwo), numbers(3, 48, dtype=torch.bfloat16), torch.ones(8)
+    assert taken(router)
+    assert calls.during(lambda: router(x, bias)) == 1
+    assert torch.equal(router(x, bias), linear(x, router.weight) + bias)
 
 
 class ByMatmul(Router):
@@ -120,9 +155,9 @@ class ByMatmul(Router):
         return hidden @ self.weight.T
 
 
-class OfTwo(Router):
-    def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.weight) + bias
+class OfMore(Router):
+    def forward(self, hidden: torch.Tensor, scale: float, bias: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.weight) * scale + bias
 
 
 class Counting(Router):
@@ -154,7 +189,7 @@ class LinearOfItsOwn(nn.Linear):
         return F.linear(hidden, self.weight)
 
 
-@pytest.mark.parametrize("kind", [InFp32, ByMatmul, OfTwo, Counting, Wrapped, LinearOfItsOwn])
+@pytest.mark.parametrize("kind", [ByMatmul, OfMore, Counting, Wrapped, LinearOfItsOwn])
 def test_others_stay_their_own(kind: type[nn.Module]) -> None:
     router = made(kind)
     before = CALLED

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
+from moert.hf.block_forward import BlockForward, KnownBlock
 from moert.hf.layer_chain import LayerChain
-from moert.hf.moe_block import MoeBlock, find_block
 from moert.hf.norms import NormForward
 from moert.hf.own_forward import OwnForward
 from moert.hf.self_attention import SelfAttentionForward, Token
+from moert.hf.stand_ins import Normal, StandIn, same, with_children
 from moert.hf.unchanged import Unchanged
 from moert.kernels.self_attention import SelfAttention
 from moert.kernels.token_layer import TokenLayer
-from moert.runtime.runtime import OffloadRuntime
 
 _MAGNITUDES = (1.0, 1e3)
 _PASSED_ON = ("attention_mask", "position_embeddings", "past_key_values", "position_ids", "use_cache")
@@ -104,46 +103,38 @@ class DecoderLayerForward(OwnForward):
 
 
 class Whole:
-    """A layer whose rest is a router and its experts."""
+    """A layer whose rest is a block that is known."""
 
-    def __init__(self, parts: Unchanged, block: MoeBlock, layer: TokenLayer, runtime: OffloadRuntime) -> None:
-        self._parts, self._block, self.layer, self.runtime = parts, block, layer, runtime
-        self.index = block.experts.layer
+    def __init__(self, parts: Unchanged, known: KnownBlock, layer: TokenLayer) -> None:
+        self._parts, self._known, self.layer = parts, known, layer
+        self.index, self.runtime = known.index, known.runtime
 
     @classmethod
     def of(cls, module: nn.Module, rest: str, attention: SelfAttention) -> Whole | None:
-        """What `module` is, if its child `rest` is such a block whose experts moert's kernels compute."""
+        """What `module` is, if its child `rest` is such a block."""
         inner = module._modules[rest]
-        block = None if inner is None else find_block(inner)
-        runtime = None if block is None else block.experts.runtime
-        if inner is None or block is None or runtime is None:
-            return None
-        fused = runtime.layers[block.experts.layer].spec.fused
-        if fused is None:
+        forward = None if inner is None else vars(inner).get("forward")
+        known = forward.known if isinstance(forward, BlockForward) else None
+        if known is None or known.block.others is not None:
             return None
         parts = Unchanged()
         parts.add(module, rest)
-        block.note(parts, inner)
         try:
-            layer = TokenLayer(attention, block.router.router, fused.ffn)
+            return cls(parts, known, TokenLayer(attention, known.kernel))
         except ValueError:
             return None
-        return cls(parts, block, layer, runtime)
 
     def is_free(self) -> bool:
         """Whether it is still so, and nobody has to be asked in between."""
-        experts = self._block.experts
-        return (
-            self._parts.holds and experts.runtime is self.runtime and experts.scores is None and self._block.are_told()
-        )
+        return self._parts.holds and self._known.is_free()
 
     def tell(self, normed: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor) -> None:
         """The router has made that of [1, 1, D]: [1, K] twice and [1, E]. Tell who looks at it."""
-        self._block.tell(normed[0], ids, weights, logits)
+        self._known.block.tell(normed[0], ids, weights, logits)
 
     def run(self, token: Token) -> torch.Tensor | None:
         """The layer's output for it; None, and nothing has happened, where the kernel is not for it."""
-        compute = self._block.experts.adapter.compute
+        compute = self._known.block.experts.adapter.compute
         found = self.runtime.run_token(self.index, self.layer, token.arguments, compute)
         if found is None:
             return None
@@ -177,39 +168,22 @@ def decoder_layer_forward(module: Any) -> DecoderLayerForward | None:
     return DecoderLayerForward(module, *order)
 
 
-class _StandIn(nn.Module):
-    """Gives what it is told to, and notes what it is given."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
-        self.given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.given.append((args, kwargs))
-        return self.output
-
-
 def _order(
     module: nn.Module, attention: str, kernel: SelfAttention, magnitude: float
 ) -> tuple[str, str, str, str] | None:
     """The children in the order in which they are called, if what they are given is what it should be."""
-    generator = torch.Generator("cpu").manual_seed(0)
+    normal = Normal(kernel.dtype)
 
-    def normal() -> torch.Tensor:
-        numbers = torch.randn((1, 1, kernel.hidden), generator=generator, dtype=torch.float32, device="cpu")
-        return (numbers * magnitude).to(kernel.dtype)
+    def hidden() -> torch.Tensor:
+        return normal(1, 1, kernel.hidden, magnitude=magnitude)
 
-    x, names = normal(), list(module._modules)
-    outputs = {name: normal() for name in names}
+    x, names = hidden(), list(module._modules)
+    outputs = {name: hidden() for name in names}
     kept = {name: output.clone() for name, output in outputs.items()}
-    stand_ins = {name: _StandIn((outputs[name], None) if name == attention else outputs[name]) for name in names}
-    stand_in = copy.copy(module)
-    stand_in.training = False
-    vars(stand_in)["_modules"] = stand_ins
+    stand_ins = {name: StandIn((outputs[name], None) if name == attention else outputs[name]) for name in names}
     passed: dict[str, Any] = {name: object() for name in _PASSED_ON}
     mine = x.clone()
-    output = type(module).forward(stand_in, mine, **passed)
+    output = type(module).forward(with_children(module, stand_ins), mine, **passed)
     called = [name for name in names if stand_ins[name].given]
     if len(called) != 4 or any(len(stand_ins[name].given) != 1 for name in called):
         return None
@@ -233,29 +207,26 @@ def _order(
         return None
     sums = x + kept[attention]
     is_it = (
-        _same(inputs[before], x)
-        and _same(inputs[after], sums)
-        and _same(output, sums + kept[rest])
-        and _same(mine, x)
-        and all(_same(outputs[name], kept[name]) for name in called)
+        same(inputs[before], x)
+        and same(inputs[after], sums)
+        and same(output, sums + kept[rest])
+        and same(mine, x)
+        and all(same(outputs[name], kept[name]) for name in called)
     )
     return (before, attention, after, rest) if is_it else None
 
 
-def _same(a: Any, b: torch.Tensor) -> bool:
-    return type(a) is torch.Tensor and a.dtype is b.dtype and a.shape == b.shape and torch.equal(a, b)
-
-
 def chain_layers(layers: nn.Module) -> None:
-    """Have the layers of a list run in one call, if all of each is known to its `DecoderLayerForward`, and alike."""
+    """Have layers of a list that follow one another run in one call, those of which all is known to their
+    `DecoderLayerForward`, if they are alike."""
     if not isinstance(layers, nn.ModuleList) or len(layers) < 2:
         return
     forwards = [vars(module).get("forward") for module in layers]
-    wholes = [forward._whole if isinstance(forward, DecoderLayerForward) else None for forward in forwards]
-    kinds = {None if w is None else w.layer.shape for w in wholes}
-    if len(kinds) != 1 or None in kinds:
+    known = [forward if isinstance(forward, DecoderLayerForward) else None for forward in forwards]
+    wholes = [forward._whole for forward in known if forward is not None and forward._whole is not None]
+    if len(wholes) < 2 or len({whole.layer.shape for whole in wholes}) != 1:
         return
-    chain = LayerChain(layers, [forward for forward in forwards if isinstance(forward, DecoderLayerForward)])
-    for place, forward in enumerate(forwards):
-        assert isinstance(forward, DecoderLayerForward)
-        forward.chain, forward.place = chain, place
+    chain = LayerChain(layers, known)
+    for place, forward in enumerate(known):
+        if forward is not None and forward._whole is not None:
+            forward.chain, forward.place = chain, place

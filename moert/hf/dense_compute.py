@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moert.hf.adapters import adapter_for
 from moert.hf.attention import attention_forward
+from moert.hf.block_forward import block_forward
 from moert.hf.decoder_layer import chain_layers, decoder_layer_forward
 from moert.hf.experts import OffloadedExperts
 from moert.hf.growing_cache import grow
@@ -22,6 +23,7 @@ from moert.hf.own_forward import Note, OwnForward, is_differentiated, is_recorde
 from moert.hf.routers import Linear, router_forward
 from moert.hf.self_attention import self_attention_forward
 from moert.kernels.cpu import HALVES, linear
+from moert.kernels.moe_block import fine_linear
 
 _taken: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = weakref.WeakKeyDictionary()
 """Model -> its layers that have been taken over; not in the model, which can be pickled."""
@@ -58,6 +60,21 @@ def _product(
     return output
 
 
+def _router_product(
+    input: torch.Tensor,  # noqa: A002
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    note: Note | None = None,
+    is_fine: bool = False,
+) -> torch.Tensor:
+    """As `torch.nn.functional.linear`; in fp32, too, if the router `is_fine` or casts its weight: nobody notes that."""
+    if weight.dtype is not torch.float32 or (isinstance(weight, nn.Parameter) and not is_fine):
+        return _product(input, weight, bias, note)
+    if not _is_for_kernels(input, weight, bias, dtypes=(torch.float32,)) or not _is_vector(bias):
+        return torch.nn.functional.linear(input, weight, bias)
+    return fine_linear(input, weight, bias)
+
+
 def take_over(model: nn.Module, wanted: bool | None, note: Note | None = None) -> int:
     """Have moert's kernels compute the dense layers of `model`, those outside its experts; undone by `give_back`.
 
@@ -76,13 +93,14 @@ def take_over(model: nn.Module, wanted: bool | None, note: Note | None = None) -
         return 0
     taken: list[weakref.ref[nn.Module]] = []
     embeddings: dict[Any, bool | None] = {}
+    is_half = _has_halves(model)
     for module in _outside_experts(model):
-        forward = None if "forward" in vars(module) else _forward_for(module, embeddings, note)
+        forward = None if "forward" in vars(module) else _forward_for(module, embeddings, note, is_half)
         if forward is not None:
             module.forward = forward  # type: ignore[assignment]
             taken.append(weakref.ref(module))
     if note is None:
-        for forward_for in (self_attention_forward, decoder_layer_forward):
+        for forward_for in (self_attention_forward, block_forward, decoder_layer_forward):
             for module in _outside_experts(model):
                 forward = forward_for(module)
                 if forward is not None:
@@ -111,12 +129,16 @@ def count(model: nn.Module, kind: type[OwnForward] = DenseForward) -> int:
     return sum(isinstance(vars(module).get("forward"), kind) for module in model.modules())
 
 
-def _forward_for(module: nn.Module, embeddings: dict[Any, bool | None], note: Note | None) -> OwnForward | None:
+def _forward_for(
+    module: nn.Module, embeddings: dict[Any, bool | None], note: Note | None, is_half: bool
+) -> OwnForward | None:
+    """`is_half`: it is of a model of 16 bits, in which routers may be finer."""
     if type(module) is nn.Linear:
         return DenseForward(module, note) if _is_weight(module.weight) else None
+    is_fine = is_half and getattr(module._parameters.get("weight"), "dtype", None) is torch.float32
     return (
         norm_forward(module, note)
-        or router_forward(module, _linear(note))
+        or router_forward(module, _linear(note, is_fine), (torch.float32,) if is_fine else HALVES)
         or (attention_forward(module, embeddings) if _has_halves(module) else None)
     )
 
@@ -125,8 +147,8 @@ def _has_halves(module: nn.Module) -> bool:
     return any(parameter.dtype in HALVES and parameter.is_cpu for parameter in module.parameters())
 
 
-def _linear(note: Note | None) -> Linear:
-    return _product if note is None else functools.partial(_product, note=note)
+def _linear(note: Note | None, is_fine: bool) -> Linear:
+    return functools.partial(_router_product, note=note, is_fine=is_fine)
 
 
 def _outside_experts(module: nn.Module) -> Iterator[nn.Module]:
@@ -142,11 +164,15 @@ def _is_on_cpu(model: nn.Module) -> bool:
     return all(tensor.device.type == "cpu" for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
 
 
-def _is_weight(weight: torch.Tensor) -> bool:
+def _is_vector(bias: torch.Tensor | None) -> bool:
+    return bias is None or bias.is_contiguous()
+
+
+def _is_weight(weight: torch.Tensor, dtypes: tuple[torch.dtype, ...] = HALVES) -> bool:
     return (
         # Subclasses of tensors compute in ways of their own.
         type(weight) in (nn.Parameter, torch.Tensor)
-        and weight.dtype in HALVES
+        and weight.dtype in dtypes
         and weight.is_cpu
         and weight.layout is torch.strided
         and weight.is_contiguous()
@@ -154,12 +180,14 @@ def _is_weight(weight: torch.Tensor) -> bool:
     )
 
 
-def _is_for_kernels(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _is_for_kernels(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtypes: tuple[torch.dtype, ...] = HALVES
+) -> bool:
     """Whether this product is one of plain numbers in memory, that nobody differentiates, traces or casts."""
     return (
         not is_recorded()
         and type(x) is torch.Tensor
-        and _is_weight(weight)
+        and _is_weight(weight, dtypes)
         and x.dtype is weight.dtype
         and x.is_cpu
         and x.layout is torch.strided

@@ -25,8 +25,8 @@ class LayerChain:
     driven it out of the processor's caches.
     """
 
-    def __init__(self, layers: nn.ModuleList, forwards: Sequence[DecoderLayerForward]) -> None:
-        """`forwards` are those of all the list's modules, in order."""
+    def __init__(self, layers: nn.ModuleList, forwards: Sequence[DecoderLayerForward | None]) -> None:
+        """`forwards` are those of all the list's modules, in order; None: not to be run with others."""
         self._children = layers._modules
         self._names = list(layers._modules)
         self._forwards = forwards
@@ -54,7 +54,9 @@ class LayerChain:
         for at in range(place, len(self._names)):
             forward = self._forwards[at]
             module = self._children.get(self._names[at])
-            if module is None or vars(module).get("forward") is not forward or (at > place and _is_hooked(module)):
+            if forward is None or module is None or (at > place and _is_hooked(module)):
+                break
+            if vars(module).get("forward") != forward:
                 break
             found = forward.take(module, x, arguments, tokens[0] if tokens else None)
             if found is None or (wholes and found[0].runtime is not wholes[0].runtime):

@@ -26,8 +26,7 @@ class NormForward(OwnForward):
         super().__init__(module, note)
         self._eps, self._scale = eps, scale
         self._forward = type(module).forward
-        self.settings = tuple(settings_of(module).items())
-        """What of the module's attributes this goes by."""
+        self._settings = tuple(settings_of(module).items())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the class's forward."""
@@ -55,7 +54,7 @@ class NormForward(OwnForward):
         weight = attributes["_parameters"].get("weight")
         if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:
             return None
-        for name, value in self.settings:
+        for name, value in self._settings:
             if attributes.get(name) is not value:
                 return None
         return Norm(weight, self._eps, self._scale)

@@ -80,10 +80,11 @@ def look_ahead(model: nn.Module, runtime: OffloadRuntime) -> None:
         ConfigError: there is no such predictor, or what it needs is not at hand.
     """
     text = runtime.config.predictor
-    if text == "none":
-        return
-    kind, _ = read_predictor(text)
+    kind = None if text == "none" else read_predictor(text)[0]
     if not runtime.reads:
+        return
+    _check_policy(runtime, kind)
+    if kind is None:
         return
     specs = [layer.spec for layer in runtime.layers]
     routers = find_routers(model, specs)
@@ -100,7 +101,7 @@ def look_ahead(model: nn.Module, runtime: OffloadRuntime) -> None:
         text = WITHOUT_ROUTERS
     known = predicted_model(model, specs, routers)
     predictor = make_predictor(text, known, at_hand, "in a live run")
-    runtime.look_ahead = LookAhead(predictor, runtime.layers, runtime.pipeline)
+    runtime.look_ahead = LookAhead(predictor, runtime.layers, runtime.pipeline, prefetch=runtime.config.prefetch)
     hooks: list[Any] = []
     if any(getattr(type(predictor), name) is not getattr(Predictor, name) for name in ("begin_sequence", "begin_pass")):
         hooks.append(ForwardWatch(model, functools.partial(_begin, runtime)))
@@ -109,6 +110,19 @@ def look_ahead(model: nn.Module, runtime: OffloadRuntime) -> None:
         if block is not None and routers[module.layer] is not None and type(predictor).enter is not Predictor.enter:
             hooks.append(block.register_forward_pre_hook(_Enter(runtime, module.layer), with_kwargs=True))
     model.__dict__[_HOOKS] = hooks
+
+
+def _check_policy(runtime: OffloadRuntime, kind: type[Predictor] | None) -> None:
+    """Warn where a policy looks ahead and nobody tells it what is there."""
+    tokens = max(layer.residency.policy.tokens_ahead for layer in runtime.layers)
+    if tokens and (kind is None or not kind.gives_probabilities):
+        config = runtime.config
+        warnings.warn(
+            f"policy={config.policy!r} looks ahead {tokens} tokens, and predictor={config.predictor!r} gives no "
+            f"probabilities of what they need: it goes by what has been used; predictor={WITHOUT_ROUTERS!r} tells it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def predicted_model(

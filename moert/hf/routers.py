@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moert.hf.rebinding import ReboundForward, names_in, rebind
+from moert.hf.stand_ins import same
 from moert.kernels.cpu import HALVES
 
 Linear = Callable[..., torch.Tensor]
@@ -24,22 +25,25 @@ class RouterForward(ReboundForward):
         super().__init__(module, _replaced(type(module).forward, linear))
 
 
-def router_forward(module: nn.Module, linear: Linear) -> RouterForward | None:
-    """A forward for `module`, if its class calls `F.linear` with its own 16-bit weight on the CPU.
+def router_forward(module: nn.Module, linear: Linear, dtypes: tuple[torch.dtype, ...] = HALVES) -> RouterForward | None:
+    """A forward for `module`, if its class calls `F.linear` with its own weight of one of `dtypes` on the CPU, as it is
+    or cast to fp32.
 
-    Tried on a copy of it, so that one which casts its weight first is left alone: that product is none of ours.
+    Tried on a copy of it, with a vector of as many numbers as it has rows beside the tokens where it asks for one.
     """
     weight = module._parameters.get("weight")
     if (
         isinstance(module, nn.Linear)
         or weight is None
         or weight.dim() != 2
-        or weight.dtype not in HALVES
+        or weight.dtype not in dtypes
         or not weight.is_cpu
         or not _replaced(type(module).forward, torch.nn.functional.linear)
     ):
         return None
-    if not any(_asks_for_own_product(module, shape) for shape in ((2, weight.shape[1]), (1, 2, weight.shape[1]))):
+    shapes = ((2, weight.shape[1]), (1, 2, weight.shape[1]))
+    extras: tuple[tuple[torch.Tensor, ...], ...] = ((), (torch.zeros(len(weight), dtype=torch.float32, device="cpu"),))
+    if not any(_asks_for_own_product(module, shape, extra) for shape in shapes for extra in extras):
         return None
     return RouterForward(module, linear)
 
@@ -71,18 +75,19 @@ def with_linear(forward: Any, linear: Linear) -> Callable[..., Any]:
     return rebind(forward, _replaced(forward, linear))
 
 
-def _asks_for_own_product(module: nn.Module, shape: tuple[int, ...]) -> bool:
+def _asks_for_own_product(module: nn.Module, shape: tuple[int, ...], extra: tuple[torch.Tensor, ...]) -> bool:
     asked = []
 
     def watch(input: torch.Tensor, weight: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:  # noqa: A002
-        asked.append(weight is copied.weight and input.dtype is weight.dtype)
+        is_own = weight is copied.weight or same(weight, copied.weight.float())
+        asked.append(is_own and input.dtype is weight.dtype)
         return torch.nn.functional.linear(input, weight, *rest, **named)
 
     try:
         copied: Any = copy.deepcopy(module).eval()
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             with_linear(type(module).forward, watch)(
-                copied, torch.zeros(shape, dtype=copied.weight.dtype, device="cpu")
+                copied, torch.zeros(shape, dtype=copied.weight.dtype, device="cpu"), *extra
             )
     except Exception:  # the class's own code may fail in any way
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from moert.hf.own_forward import OwnForward, is_differentiated, is_recorded
 from moert.hf.rebinding import names_in
 from moert.hf.rotary import NAME as EMBEDDING
 from moert.hf.rotary import Embedding
+from moert.hf.stand_ins import Normal, same, with_children
 from moert.hf.unchanged import Unchanged
 from moert.kernels.self_attention import Projections, SelfAttention
 
@@ -202,23 +202,17 @@ class _OneLayer:
 def _agree(module: Any, forward: AttentionForward, token: TokenAttention, magnitude: float) -> bool:
     attention = token.attention
     heads, width = attention.kv_heads, attention.width
-    generator = torch.Generator("cpu").manual_seed(int(magnitude))
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(attention.dtype)
-
-    x = normal(1, 1, attention.hidden) * magnitude
+    normal = Normal(attention.dtype, int(magnitude))
+    x = normal(1, 1, attention.hidden, magnitude=magnitude)
     angles = (normal(1, 1, width), normal(1, 1, width))
-    past = (normal(1, heads, _PAST, width) * magnitude, normal(1, heads, _PAST, width))
+    past = (normal(1, heads, _PAST, width, magnitude=magnitude), normal(1, heads, _PAST, width))
     layers = GrowingLayer(), GrowingLayer()
     for layer in layers:
         # The first ones are kept as they are, the next make room.
         layer.update(past[0][:, :, :-1], past[1][:, :, :-1])
         layer.update(past[0][:, :, -1:], past[1][:, :, -1:])
-    stand_in = copy.copy(module)
-    stand_in.training = False
     output = forward.function(
-        stand_in,
+        with_children(module, module._modules),
         hidden_states=x.clone(),
         position_embeddings=angles,
         attention_mask=None,
@@ -230,14 +224,8 @@ def _agree(module: Any, forward: AttentionForward, token: TokenAttention, magnit
         return False
     layers[1].token_written()
     return (
-        _same(output[0], found[0])
-        and _same(layers[0].keys, layers[1].keys)
-        and _same(layers[0].values, layers[1].values)
+        same(output[0], found[0]) and same(layers[0].keys, layers[1].keys) and same(layers[0].values, layers[1].values)
     )
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype is b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
 def _layer_of(cache: Any, index: Any) -> GrowingLayer | None:

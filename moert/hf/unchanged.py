@@ -35,19 +35,28 @@ class Unchanged:
         self._ways.append((attributes, "forward") if forward is None else (attributes, "forward", forward))
         if type(module) is not nn.Linear:  # whose settings only say what its weight is
             self.add_ways(module)
-        for kind, tensor in module._parameters.items():
-            self._parts.append((module._parameters, kind, tensor))
-            if tensor is not None:
-                self._tensors.append((tensor, tensor.data_ptr()))
+        self.add_tensors(module)
         if before:
             self._hooks.append(module._forward_pre_hooks)
         if after:
             self._hooks.append(module._forward_hooks)
 
+    def add_tensors(self, module: nn.Module) -> None:
+        """The parameters and buffers of `module` itself."""
+        for tensors in (module._parameters, module._buffers):
+            for kind, tensor in tensors.items():
+                self._parts.append((tensors, kind, tensor))
+                if tensor is not None:
+                    self._tensors.append((tensor, tensor.data_ptr()))
+
     def add_ways(self, module: nn.Module) -> None:
         """What decides how `module` computes beside its parts: its class's code and its own settings."""
         self._codes.append((type(module), type(module).forward))
-        self._ways += [(vars(module), name, value) for name, value in settings_of(module).items() if is_plain(value)]
+        self._ways += [
+            (vars(module), name, value)
+            for name, value in settings_of(module).items()
+            if is_plain(value) or callable(value)
+        ]
 
     @property
     def holds(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from moert.formats import TensorSpec
 from moert.kernels.cpu_ffn import Expert
-from moert.kernels.token_layer import ExpertTable
+from moert.kernels.moe_block import ExpertTable
 from moert.residency import Residency, Resize
 from moert.runtime.fused import FusedExperts
 from moert.runtime.records import Record, RecordSource

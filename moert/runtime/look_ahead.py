@@ -1,4 +1,4 @@
-"""What predictions become: reads of missing experts before anybody waits for them."""
+"""What predictions become: reads of missing experts before anybody waits for them, and better choices of who leaves."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from time import perf_counter
 import torch
 
 from moert.predictors.base import Ints, Prediction, Predictor
+from moert.runtime.expectations import Expectations, keys_of
 from moert.runtime.layer import LayerCache
+from moert.runtime.link import IdleTimes
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.predictor_guard import PredictorGuard
+from moert.schedule._prefetch import Wanted, worth_reading
 from moert.trial import Trial
 from moert.types import ExpertId
 
@@ -19,24 +22,22 @@ MOST_TOKENS = 32
 """Steps of more tokens need most experts of every layer, which no prediction has to tell."""
 
 WORTH = 0.5
-"""Reads are started for ranks that lately were needed at least so often, of those that were not resident."""
-
-SHARE = 1 / 32
-"""Of the latest step in what is known of a rank."""
+"""As long as the link's idle time is unknown, what is needed at least so often is read."""
 
 
 class _Look(IntEnum):
     STEP = 0
     ENTRY = 1
+    NEXT_PASS = 2
 
 
 class LookAhead:
-    """Prefetches what `predictor` expects, as far as that has been worth it.
+    """Prefetches what `predictor` expects, as far as that is worth it, and tells policies that look ahead.
 
-    A predictor's ranks are judged by what the steps then needed, each rank, look and layer for itself, so that
-    predictions which do not come true cost reads for a short while only. Now and then tokens with it are timed against
-    tokens without, and it is left off where it does not gain (`Trial`). A predictor that fails or takes too long is not
-    called again (`PredictorGuard`). Used by one step at a time.
+    How often what it expects is needed is learned as it runs (`Expectations`), and so is the time in which nobody waits
+    for the link (`IdleTimes`); what is expected to gain more time than it costs is read. Now and then tokens with
+    prefetches are timed against tokens without, and they are left off where they do not gain (`Trial`). A predictor
+    that fails or takes too long is not called again (`PredictorGuard`). Used by one step at a time.
     """
 
     def __init__(
@@ -45,30 +46,43 @@ class LookAhead:
         layers: Sequence[LayerCache],
         pipeline: Pipeline,
         clock: Callable[[], float] = perf_counter,
+        *,
+        prefetch: bool = True,
     ) -> None:
+        """Without `prefetch`, policies are told and nothing is read."""
         self._clock = clock
-        self._trial = Trial()
+        self._trial = Trial(is_on=prefetch)
+        self._prefetches = prefetch
         self._last: tuple[int, float] | None = None
         """Tokens of the first layer's latest step, and when it began."""
         self._predictor = predictor
         self._guard = PredictorGuard(predictor, [layer.spec.num_experts for layer in layers], clock)
         self._layers = layers
         self._pipeline = pipeline
-        self._missing: dict[int, dict[_Look, dict[ExpertId, int]]] = {}
-        """Layer -> of each look, the experts expected there next that were not resident, and their ranks."""
-        self._worths: dict[tuple[int, _Look], list[float]] = {}
+        self._expectations = Expectations()
+        self._idle = IdleTimes(len(layers))
+        self._hint: Ints | None = None
+        self._passes = 0
         self._observes = type(predictor).observe is not Predictor.observe
+        self._has_step = type(predictor).step is not Predictor.step
+        ahead = [layer.residency.policy.tokens_ahead for layer in layers]
+        self._ahead = ahead if predictor.gives_probabilities else [0] * len(layers)
+        """Tokens ahead that each layer's policy wants to know of."""
 
     def begin(self, layer: int, needed: Collection[ExpertId], n_tokens: int = 1) -> None:
         """A step of `layer` needs these experts: learn from it, and give up on the others that were expected."""
         self._guard.begin_layer(layer)
+        if layer == 0:
+            self._passes += 1
+        if not self._prefetches:
+            return
         if layer == 0 and self._guard.is_on:
             self._note_token(n_tokens)
-        for look, missing in self._missing.pop(layer, {}).items():
-            worths = self._worths[layer, look]
-            for expert, rank in missing.items():
-                worths[rank] += SHARE * ((expert in needed) - worths[rank])
-            self._pipeline.withdraw(expert for expert in missing if expert not in needed)
+        if n_tokens <= MOST_TOKENS:
+            self._idle.begin(layer, self._clock(), self._pipeline.link.drained)
+        wrong = self._expectations.begin(layer, needed)
+        if wrong:
+            self._pipeline.withdraw(wrong)
 
     def begin_sequence(self) -> None:
         """The passes from here on are of another sequence, or batch of them."""
@@ -77,10 +91,13 @@ class LookAhead:
     def begin_pass(self, n_tokens: int, token_ids: Ints | None = None, rows: int = 1) -> None:
         """A forward pass of T tokens begins; see `Predictor.begin_pass`."""
         self._guard.begin_pass(n_tokens, token_ids, rows)
+        hint, self._hint = self._hint, None
+        if hint is not None:
+            self._guard.hint(hint)
 
     def hint(self, token_ids: Ints) -> None:
-        """These tokens [n] are expected after those of this pass; see `Predictor.hint`."""
-        self._guard.hint(token_ids)
+        """These tokens [n] are expected after those of the next pass; see `Predictor.hint`."""
+        self._hint = token_ids
 
     def observe(self, layer: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> None:
         """The tokens have chosen so, both [T, K] on the CPU; for predictors that learn from it."""
@@ -90,26 +107,54 @@ class LookAhead:
             experts.flags.writeable = weights.flags.writeable = False
             self._guard.observe(layer, experts, weights)
 
+    def tell(self, layer: int, event: Sequence[ExpertId]) -> None:
+        """A step of `layer` is about to begin that needs `event`: tell the policy what will be needed after it.
+
+        Only if somebody may have to leave for it.
+        """
+        tokens = self._ahead[layer]
+        if not tokens or not self._guard.is_on or self._is_complete(layer):
+            return
+        residency = self._layers[layer].residency
+        if all(expert in residency for expert in event):
+            return
+        chances = self._guard.ahead(layer, tokens)
+        if chances:
+            residency.policy.observe_ahead(layer, chances)
+
     def step(self, layer: int, hidden: torch.Tensor) -> None:
         """The experts of `layer` are given `hidden` [T, D]: ask for what later layers will need. Starts nothing."""
-        if self.rests(layer):
+        if self.rests(layer) or not (self._asks or self._has_step):
             return
         with torch.inference_mode():
-            for prediction in self._guard.step(layer, hidden):
-                self._ask(_Look.STEP, prediction, len(hidden))
+            predictions = self._guard.step(layer, hidden)
+            if not self._asks or len(hidden) > MOST_TOKENS:
+                return
+            for prediction in predictions:
+                self._ask(_Look.STEP, prediction, self._idle_until(layer, prediction.layer))
+            if layer == len(self._layers) - 1:
+                following = self._guard.next_pass(0)
+                if following is not None:
+                    self._ask(_Look.NEXT_PASS, following, self._idle_until(layer, layer + 1))
 
     def enters(self, layer: int) -> bool:
         """Whether `enter` would do anything."""
-        return not self._is_idle(layer)
+        return self._asks and not self._is_idle(layer)
 
     def enter(self, layer: int, residual: torch.Tensor) -> None:
         """The block of `layer` is given `residual` [T, D]: ask for what its experts will be. Starts nothing."""
-        if self._is_idle(layer):
+        if not self.enters(layer):
             return
+        self._idle.enter(layer, self._clock())
         with torch.inference_mode():
             prediction = self._guard.enter(layer, residual)
-            if prediction is not None:
-                self._ask(_Look.ENTRY, prediction, len(residual))
+            if prediction is not None and len(residual) <= MOST_TOKENS:
+                self._ask(_Look.ENTRY, prediction, self._idle.until(layer))
+
+    @property
+    def _asks(self) -> bool:
+        """Whether there are prefetches now."""
+        return self._prefetches and self._trial.is_on
 
     def _note_token(self, n_tokens: int) -> None:
         """Steps of as many tokens as the one before are compared, with and without prefetches."""
@@ -123,28 +168,52 @@ class LookAhead:
         return self._is_idle(layer) and self._is_idle(min(layer + 1, len(self._layers) - 1))
 
     def _is_idle(self, layer: int) -> bool:
-        return not self._guard.is_on or not self._trial.is_on or self._is_complete(layer)
+        return not self._guard.is_on or not (self._asks or self._ahead[layer]) or self._is_complete(layer)
 
     def _is_complete(self, layer: int) -> bool:
         """Whether there is nothing to bring up: predicting costs time too."""
         cache = self._layers[layer]
         return len(cache.residency) >= cache.spec.num_experts
 
-    def _ask(self, look: _Look, prediction: Prediction, n_tokens: int) -> None:
-        layer, experts, ranks, _ = prediction
-        if n_tokens > MOST_TOKENS or not experts:
+    def _idle_until(self, layer: int, later: int) -> float | None:
+        """Seconds in which nobody waits for the link, between the events of two layers; None: unknown."""
+        waits = self._pipeline.waits
+        idle_s: float | None = 0.0
+        for between in range(layer, later):
+            one = self._idle.after(between, waits)
+            idle_s = None if one is None or idle_s is None else idle_s + one
+            waits = True
+        return idle_s
+
+    def _ask(self, look: _Look, prediction: Prediction, idle_s: float | None) -> None:
+        layer, experts, _, _ = prediction
+        if not experts:
             return
-        residency = self._layers[layer].residency
-        worths = self._worths.setdefault((layer, look), [])
-        worths.extend([WORTH] * (max(ranks) + 1 - len(worths)))
+        cache, pipeline = self._layers[layer], self._pipeline
+        residency = cache.residency
         # Room for the likeliest only, resident or not: what is brought up for the others would displace them.
-        within = [(ExpertId(layer, expert), rank) for expert, rank in zip(experts, ranks, strict=True)]
-        within = within[: residency.capacity]
-        missing = {expert: rank for expert, rank in within if expert not in residency}
-        wanted = [expert for expert, rank in missing.items() if worths[rank] >= WORTH]
-        before = self._missing.setdefault(layer, {})
-        for earlier in before.values():
-            self._pipeline.withdraw(expert for expert in earlier if expert not in missing)
-        before[look] = missing
-        residency.expect(expert for expert, rank in within if expert not in missing or worths[rank] >= WORTH)
-        self._pipeline.prefetch(wanted)
+        within = [cache.ids[expert] for expert in experts[: residency.capacity]]
+        told = {
+            expert: key for expert, key in zip(within, keys_of(prediction), strict=False) if expert not in residency
+        }
+        pipeline.withdraw(self._expectations.expected(layer).difference(told))
+        chances = self._expectations.expect(layer, look, told)
+        pipeline.dequeue(told)
+        under_way = {expert for expert in told if pipeline.is_in_flight(expert)}
+        chosen = self._choose({expert: chance for expert, chance in chances.items() if expert not in under_way}, idle_s)
+        residency.expect(expert for expert in within if expert not in told or expert in under_way or expert in chosen)
+        passes = self._passes + (look is _Look.NEXT_PASS)
+        pipeline.prefetch(chosen, due=passes * len(self._layers) + layer)
+
+    def _choose(self, chances: dict[ExpertId, float], idle_s: float | None) -> list[ExpertId]:
+        """Those to read, in order."""
+        link = self._pipeline.link
+        busy_s = link.read_s(self._pipeline.bytes_ahead)
+        if idle_s is None or busy_s is None:
+            return [expert for expert, chance in chances.items() if chance >= WORTH]
+        wanted = []
+        for expert, chance in chances.items():
+            read_s = link.read_s(self._layers[expert.layer].read_bytes(expert.expert))
+            assert read_s is not None
+            wanted.append(Wanted(expert, chance, read_s))
+        return worth_reading(wanted, idle_s - busy_s)

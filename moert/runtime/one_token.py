@@ -1,4 +1,4 @@
-"""A step of one token whose experts are all resident: most of decoding, with little around the kernels.
+"""A step of one token: most of decoding, with little around the kernels.
 
 Where every expert of a layer is resident, who is picked need not be known before the kernels run: then the whole layer
 is one call of theirs.
@@ -7,28 +7,42 @@ is one call of theirs.
 from __future__ import annotations
 
 from time import perf_counter
+from typing import Any, Protocol
 
 import torch
 
 from moert.errors import MoertError
-from moert.kernels.token_layer import LayerOutput, TokenLayer
+from moert.kernels.moe_block import BlockOutput
+from moert.kernels.token_layer import LayerOutput
 from moert.runtime.layer import LayerCache
 from moert.runtime.look_ahead import LookAhead
+from moert.runtime.one_token_misses import run_misses
 from moert.runtime.pipeline import Pipeline
 
-TokenArguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
-"""As `TokenLayer.run` takes them."""
+
+class TokenKernel(Protocol):
+    """What a `TokenLayer` and a `TokenBlock` have in common."""
+
+    def run(self, *args: Any, **kwargs: Any) -> LayerOutput | BlockOutput | None:
+        """One token, and the experts as a table or None; see those of either."""
+
+    def finish(self, found: Any, experts: torch.Tensor) -> torch.Tensor:
+        """The output for what `run` left without, once somebody has computed the experts [1, D]."""
+
+
+TokenArguments = tuple[Any, ...]
+"""As the kernel's `run` takes them, but for the experts."""
 
 
 def run_whole_layer(
     layer: LayerCache,
-    kernel: TokenLayer,
+    kernel: TokenKernel,
     arguments: TokenArguments,
     pipeline: Pipeline,
     look_ahead: LookAhead | None,
     is_plain: bool,
-) -> LayerOutput | None:
-    """Run one token through a whole layer of the model; with its experts only if `is_plain`.
+) -> LayerOutput | BlockOutput | None:
+    """Run one token through a whole layer of the model, or a whole block; with its experts only if `is_plain`.
 
     Returns:
         Without `output`, where somebody has to look first who was picked; None, and nothing has happened, where the
@@ -72,8 +86,11 @@ def run_one_token(
         top_k_weights: [1, K].
 
     Returns:
-        [1, D] in the dtype of `hidden`, new memory; None, and nothing has happened, where an expert is missing, chosen
-        twice or no real one, a weight is 0, and where the layer has no fused kernels.
+        [1, D] in the dtype of `hidden`, new memory; None, and nothing has happened, where an expert is chosen twice or
+        no real one, a weight is 0, and where the layer has no fused kernels.
+
+    Raises:
+        CorruptFileError, TransferError: see `run_step`.
     """
     spec, residency = layer.spec, layer.residency
     if spec.fused is None:
@@ -89,7 +106,9 @@ def run_one_token(
         return None
     event = [layer.ids[ids[place]] for place in places]
     if not residency.begin_hits(event):
-        return None
+        if look_ahead is not None:
+            look_ahead.observe(spec.index, top_k_index, top_k_weights)
+        return run_misses(layer, spec.fused, hidden, event, places, weights, pipeline, look_ahead)
     try:
         layer.stats.hits += len(event)
         if look_ahead is not None:

@@ -8,11 +8,14 @@ that is under way only raises its class, so a demand waits for the rest of a pre
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from time import perf_counter
 from typing import NamedTuple
 
 from moert.errors import MoertError
 from moert.runtime.layer import Fetch, LayerCache
+from moert.runtime.link import Link
 from moert.tiers.disk import Priority
 from moert.types import ExpertId
 
@@ -25,7 +28,13 @@ class _Transfer(NamedTuple):
 class Pipeline:
     """The transfers of one model. Used by one thread at a time; the reads themselves run on the reader's threads."""
 
-    def __init__(self, layers: Sequence[LayerCache], max_in_flight: int, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[LayerCache],
+        max_in_flight: int,
+        max_bytes: int | None = None,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
         """At most `max_in_flight` transfers and `max_bytes` of reads are in flight at once, but always one.
 
         Half of either is all that transfers which nobody waits for may take.
@@ -34,9 +43,12 @@ class Pipeline:
         self._layers = {layer.spec.index: layer for layer in layers}
         self._max_in_flight = max_in_flight
         self._max_bytes = max_bytes
-        self._queues: dict[Priority, dict[ExpertId, None]] = {priority: {} for priority in sorted(Priority)}
+        self._queues: dict[Priority, dict[ExpertId, int]] = {priority: {} for priority in sorted(Priority)}
+        """What is queued, and when it is due."""
         self._in_flight: dict[ExpertId, _Transfer] = {}
+        self._clock = clock
         self.bytes_in_flight = 0
+        self.link = Link()
 
     @property
     def busy(self) -> bool:
@@ -48,6 +60,21 @@ class Pipeline:
         """Whether a step needs an expert whose transfer has not started."""
         return bool(self._queues[Priority.DEMAND])
 
+    @property
+    def bytes_ahead(self) -> int:
+        """Of the records that are queued or in flight and that nobody waits for."""
+        queued = sum(
+            self._layers[expert.layer].read_bytes(expert.expert)
+            for priority, queue in self._queues.items()
+            if priority is not Priority.DEMAND
+            for expert in queue
+        )
+        return queued + sum(
+            transfer.fetch.read_bytes
+            for transfer in self._in_flight.values()
+            if transfer.priority is not Priority.DEMAND
+        )
+
     def is_in_flight(self, expert: ExpertId) -> bool:
         """Whether `expert` has a slot and its record is being read, or will be."""
         return expert in self._in_flight
@@ -56,14 +83,23 @@ class Pipeline:
         """A step needs these experts, none of them resident, in this order. Starts nothing; see `pump`."""
         for expert in experts:
             self._request(expert, Priority.DEMAND)
+        if self.waits:
+            self.link.demand(self._clock())
 
-    def prefetch(self, experts: Iterable[ExpertId], priority: Priority = Priority.PREFETCH) -> None:
-        """These experts are wanted, the first one first, by nobody who waits. Starts nothing; residents are skipped."""
+    def prefetch(self, experts: Iterable[ExpertId], priority: Priority = Priority.PREFETCH, due: int = 0) -> None:
+        """These experts are wanted, the first one first, by nobody who waits. Starts nothing; residents are skipped.
+
+        `due` says by when: of one class, what is due sooner comes before what was asked for earlier.
+        """
         for expert in experts:
             if expert not in self._layers[expert.layer].residency:
-                self._request(expert, priority)
+                self._request(expert, priority, due)
+        queue = self._queues[priority]
+        dues = list(queue.values())
+        if any(later < sooner for sooner, later in pairwise(dues)):
+            self._queues[priority] = dict(sorted(queue.items(), key=lambda item: item[1]))
 
-    def _request(self, expert: ExpertId, priority: Priority) -> None:
+    def _request(self, expert: ExpertId, priority: Priority, due: int = 0) -> None:
         transfer = self._in_flight.get(expert)
         if transfer is not None:
             if priority < transfer.priority:
@@ -75,7 +111,7 @@ class Pipeline:
                 if priority >= queued:
                     return
                 del queue[expert]
-        self._queues[priority][expert] = None
+        self._queues[priority][expert] = due
 
     def pump(self) -> None:
         """Start what may be started now, class by class, in the order asked for. Returns at once.
@@ -132,12 +168,21 @@ class Pipeline:
                     raise  # a signal's handler raised it, and the record may still be read into its slot
                 self._forget(expert)
                 if transfer.priority is Priority.DEMAND:
+                    self.link.forget()
                     raise
                 layer.stats.failed_prefetches += 1
                 continue
             self._forget(expert)
             arrived.append(expert)
+            self.link.arrive(transfer.fetch.read_bytes, not self.waits, self._clock())
         return arrived
+
+    @property
+    def waits(self) -> bool:
+        """Whether somebody waits for a transfer."""
+        return self.has_queued_demands or any(
+            transfer.priority is Priority.DEMAND for transfer in self._in_flight.values()
+        )
 
     def _forget(self, expert: ExpertId) -> None:
         self.bytes_in_flight -= self._in_flight.pop(expert).fetch.read_bytes
@@ -155,6 +200,14 @@ class Pipeline:
                 with contextlib.suppress(MoertError):
                     self._layers[expert.layer].arrive(expert, transfer.fetch)
                 self._forget(expert)
+        if not self.waits:
+            self.link.forget()
+
+    def dequeue(self, experts: Iterable[ExpertId]) -> None:
+        """Withdraw those of these experts that are queued; what is in flight goes on as it is."""
+        for expert in experts:
+            for queue in self._queues.values():
+                queue.pop(expert, None)
 
     def drain(self) -> None:
         """Cancel what has not started and wait for the rest: when this returns, nothing writes into any slot."""
@@ -168,6 +221,7 @@ class Pipeline:
             queue.clear()
         self._in_flight.clear()
         self.bytes_in_flight = 0
+        self.link.forget()
 
     def check_integrity(self) -> None:
         """Assert that each expert has one transfer, and that it has a slot exactly while that is in flight."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from moert.errors import MoertError
+from moert.predictors._ahead import Chances, chances_ahead
 from moert.predictors.base import Floats, Ints, Prediction, Predictor
 
 R = TypeVar("R")
@@ -123,6 +124,19 @@ class PredictorGuard:
             return None if answer is None else self._checked(answer)
 
         return self._call(f"enter of layer {layer}", ask)
+
+    def ahead(self, layer: int, tokens: int) -> Chances:
+        """See `chances_ahead`; empty if it is switched off by this."""
+        return self._call(f"scores of layer {layer}", lambda: chances_ahead(self._predictor, layer, tokens)) or []
+
+    def next_pass(self, layer: int) -> Prediction | None:
+        """What `layer` will need in the pass after this one; None: the predictor cannot say."""
+
+        def ask() -> Prediction | None:
+            scores = self._predictor.scores(layer, 1)
+            return None if scores is None else self._checked(self._predictor.best(layer, scores))
+
+        return self._call(f"scores of layer {layer}", ask)
 
     def _call(self, name: str, call: Callable[[], R]) -> R | None:
         begin = self._clock()

@@ -8,17 +8,19 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 
 from moert.config import Budget, OffloadConfig
 from moert.errors import MoertError
-from moert.kernels.token_layer import ExpertTable, LayerOutput, TokenLayer
+from moert.kernels.moe_block import BlockOutput, ExpertTable
+from moert.kernels.token_layer import LayerOutput
 from moert.runtime.compute import Compute, Scratch
 from moert.runtime.device_layer import DeviceLayer, Forward
 from moert.runtime.host_tier import HostTier, Resized
 from moert.runtime.layer import LayerCache, SlotLayer
 from moert.runtime.look_ahead import LookAhead
-from moert.runtime.one_token import TokenArguments, can_run_whole, count_whole, run_whole_layer
+from moert.runtime.one_token import TokenArguments, TokenKernel, can_run_whole, count_whole, run_whole_layer
 from moert.runtime.pace import Pace, Sums
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.records import RecordSource
@@ -136,9 +138,9 @@ class OffloadRuntime(UsedAlone):
 
     @whole
     def run_token(
-        self, layer: int, kernel: TokenLayer, arguments: TokenArguments, compute: Compute
-    ) -> LayerOutput | None:
-        """One token through a whole layer of the model, attention and all; the output is always there.
+        self, layer: int, kernel: TokenKernel, arguments: TokenArguments, compute: Compute
+    ) -> LayerOutput | BlockOutput | None:
+        """One token through a whole layer of the model, attention and all, or its block; the output is always there.
 
         Returns:
             None, and nothing has happened, where the kernel is not for these tensors.
@@ -157,7 +159,7 @@ class OffloadRuntime(UsedAlone):
         if found.output is not None:
             return found
         output = self._step(layer, compute, found.normed[0], found.ids, found.weights)
-        return found._replace(output=found.hidden + output)
+        return found._replace(output=kernel.finish(found, output))
 
     @whole
     def run_ahead(self, layers: Sequence[int], run: Callable[[Sequence[ExpertTable]], R]) -> R | None:
@@ -233,6 +235,16 @@ class OffloadRuntime(UsedAlone):
             layer.residency.policy.begin_sequence()
         if self.device is not None:
             self.device.begin_sequence()
+
+    @whole
+    def hint(self, token_ids: Sequence[int]) -> None:
+        """These tokens are expected after those of the next forward pass, of one sequence.
+
+        Raises:
+            MoertError: the runtime has been closed.
+        """
+        if self.look_ahead is not None:
+            self.look_ahead.hint(np.asarray(token_ids, np.int64))
 
     @property
     def reads(self) -> bool:

@@ -121,6 +121,8 @@ class _Step:
 
     def run(self) -> None:
         stats = self._layer.stats
+        if self._look_ahead is not None:
+            self._look_ahead.tell(self._layer.spec.index, self._ids)
         hits, misses, arriving = self._layer.residency.begin(self._ids)
         stats.hits += len(hits)
         stats.misses += len(misses)

@@ -10,29 +10,13 @@ import numpy as np
 from moert.errors import ConfigError
 from moert.policies import Policy
 from moert.predict.recorded import model_of
+from moert.predictors._ahead import Chances, chances_ahead
 from moert.predictors._choice import make_predictor
 from moert.predictors.base import MOST_TOKENS, NO_EXPERT, Ints, Need, Predictor
 from moert.schedule._promotion import Rates
 from moert.simulate.events import Reading, TraceSource, open_trace
 from moert.trace.sequence import Phase, Sequence
 from moert.types import ExpertId
-
-Chances = list[list[float]]
-"""Of a layer's next events, the nearest first, the probability that it needs each expert."""
-
-
-def chances_ahead(predictor: Predictor, layer: int, tokens: int) -> Chances:
-    """What `predictor` expects of the next `tokens` passes of `layer`, as `Policy.observe_ahead` takes it.
-
-    It ends before the first pass of which the predictor cannot say anything, or nothing that is a number.
-    """
-    found: Chances = []
-    for ahead in range(1, min(tokens, MOST_TOKENS) + 1):
-        scores = predictor.scores(layer, ahead)
-        if scores is None or not np.isfinite(scores).all():
-            break
-        found.append(np.clip(scores, 0, 1).tolist())
-    return found
 
 
 def look_ahead(

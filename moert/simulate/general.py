@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moert.policies import Policy, make_policy
-from moert.simulate.ahead import Chances
+from moert.predictors._ahead import Chances
 from moert.simulate.events import Events, Ints
 from moert.turnover import turn_over
 from moert.types import ExpertId

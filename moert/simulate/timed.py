@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from moert.errors import CapacityError, ConfigError
 from moert.policies import Policy, make_policy
+from moert.predictors._ahead import Chances
 from moert.schedule import Costs, Item, Place, Promotion, Schedule, Scheduler, make_scheduler, makespan
-from moert.simulate.ahead import Chances, Worths, look_ahead
+from moert.simulate.ahead import Worths, look_ahead
 from moert.simulate.bound import least_seconds
 from moert.simulate.capacity import expert_sizes, parse_capacity, plan_caches
 from moert.simulate.events import Count, Reading, TraceSource, open_trace
