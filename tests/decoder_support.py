@@ -99,3 +99,18 @@ def both_ways(
         wanted = run(model)
     with moert.patch(model, host_memory=budget):
         return wanted, run(model)
+
+
+def training(model: Any) -> torch.Tensor:
+    """Decoded while the model is being trained."""
+    model.train()
+    try:
+        return decode(model)
+    finally:
+        model.eval()
+
+
+def autocast(model: Any) -> torch.Tensor:
+    """Decoded within autocast."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return decode(model)

@@ -41,7 +41,8 @@ def test_document_has_the_tokens_of_both(cli: Cli, folder: Path) -> None:
     assert document["identical_tokens"] is True
     expected = plain_tokens(folder, PROMPT, 8, repetition_penalty=1.2)
     assert document["token_ids"] == document["transformers_token_ids"] == expected
-    assert document["resident_bytes"] * 4 == document["expert_bytes"]
+    # One of 64 experts may be on its way.
+    assert 63 / 64 <= 4 * document["resident_bytes"] / document["expert_bytes"] <= 1
     assert (document["num_layers"], document["num_experts"], document["top_k"]) == (8, 32, 4)
     assert document["hits"] + document["misses"] == sum(layer["hits"] + layer["misses"] for layer in document["layers"])
     assert document["misses"] > 0

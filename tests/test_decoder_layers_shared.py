@@ -9,7 +9,7 @@ import decoder_support
 import pytest
 import torch
 import torch.nn.functional as F
-from decoder_support import STEPS, Counted, both_ways, decode, layers_own_code
+from decoder_support import STEPS, Counted, autocast, both_ways, decode, layers_own_code, training
 from families import Zoo
 
 import moert
@@ -224,19 +224,6 @@ def test_blocks_that_change(
     assert not torch.equal(wanted[0], wanted[1])
 
 
-def _training(model: Any) -> torch.Tensor:
-    model.train()
-    try:
-        return decode(model)
-    finally:
-        model.eval()
-
-
-def _autocast(model: Any) -> torch.Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return decode(model)
-
-
 def _with_gradients(model: Any) -> torch.Tensor:
     model.requires_grad_(True)
     try:
@@ -249,7 +236,7 @@ def _two(model: Any) -> torch.Tensor:
     return decode(model, torch.cat([decoder_support.PROMPT, decoder_support.PROMPT.flip(1)]))
 
 
-@pytest.mark.parametrize("run", [_training, _autocast, _with_gradients, _two])
+@pytest.mark.parametrize("run", [training, autocast, _with_gradients, _two])
 def test_what_the_kernels_are_not_for(
     run: Callable[[Any], torch.Tensor], zoo: Zoo, blocks_run: BlocksRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import decoder_support
 import pytest
 import torch
-from decoder_support import PROMPT, Counted, both_ways, decode, layers_own_code
+from decoder_support import PROMPT, Counted, autocast, both_ways, decode, layers_own_code, training
 from families import Zoo
 from transformers.cache_utils import StaticCache
 
@@ -128,19 +128,6 @@ def _eager(model: Any) -> torch.Tensor:
         model.set_attn_implementation("sdpa")
 
 
-def _training(model: Any) -> torch.Tensor:
-    model.train()
-    try:
-        return decode(model)
-    finally:
-        model.eval()
-
-
-def _autocast(model: Any) -> torch.Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return decode(model)
-
-
 def _watched(model: Any) -> torch.Tensor:
     found: torch.Tensor = model.generate(
         PROMPT,
@@ -153,7 +140,7 @@ def _watched(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("run", [_batch, _padded, _static, _eager, _training, _autocast, _watched])
+@pytest.mark.parametrize("run", [_batch, _padded, _static, _eager, training, autocast, _watched])
 def test_what_the_kernels_are_not_for(
     run: Callable[[Any], torch.Tensor], zoo: Zoo, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:

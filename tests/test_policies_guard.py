@@ -117,7 +117,13 @@ def test_a_replay_ends_in_one_line(cls: type[Policy], tmp_path: Path, capfd: pyt
     path = write(tmp_path / "t.safetensors", trace())
     policies = f"lru,{name_of(cls)}"
     for options in (["--jobs", 2], ["--scope", "global"], ["--machine", "24gb-pcie4"]):
-        assert name_of(cls) in Cli(capfd)("simulate", path, "--policy", policies, "--capacity", "25%", *options).error
+        ran = Cli(capfd)("simulate", path, "--policy", policies, "--capacity", "25%", *options)
+        assert ran.code == 2
+        assert name_of(cls) in ran.err
+        assert ran.err.strip().count("\n") == 0
+        # What was replayed before it is kept.
+        assert "\nlru " in ran.out
+        assert name_of(cls) not in ran.out
     assert name_of(cls) in Cli(capfd)("suit", path, "--policy", name_of(cls)).error
 
 

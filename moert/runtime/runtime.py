@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,12 +16,13 @@ from moert.errors import MoertError
 from moert.kernels.moe_block import BlockOutput, ExpertTable
 from moert.kernels.token_layer import LayerOutput
 from moert.runtime.compute import Compute, Scratch
+from moert.runtime.counts import sums, total
 from moert.runtime.device_layer import DeviceLayer, Forward
 from moert.runtime.host_tier import HostTier, Resized
 from moert.runtime.layer import LayerCache, SlotLayer
 from moert.runtime.look_ahead import LookAhead
 from moert.runtime.one_token import TokenArguments, TokenKernel, can_run_whole, count_whole, run_whole_layer
-from moert.runtime.pace import Pace, Sums
+from moert.runtime.pace import Pace
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.records import RecordSource
 from moert.runtime.sizing import HostSizing
@@ -64,7 +65,7 @@ class OffloadRuntime(UsedAlone):
         self.pipeline = Pipeline(self.layers, reads_ahead(config), MAX_BYTES_IN_FLIGHT)
         self._tier = tier
         self._sizing = None if tier is None else HostSizing(tier, self.layers, self.pipeline, config)
-        self._pace = Pace(self._sums)
+        self._pace = Pace(functools.partial(sums, self.layers))
         self._reader = reader
         self._source = source
         self._staging = staging
@@ -299,30 +300,12 @@ class OffloadRuntime(UsedAlone):
 
     def stats(self) -> Stats:
         """A snapshot of the counts."""
-        layers = tuple(replace(layer.stats) for layer in self.layers)
-        return Stats(
-            hits=sum(layer.hits for layer in layers),
-            misses=sum(layer.misses for layer in layers),
-            bytes_read=sum(layer.bytes_read for layer in layers),
+        return total(
+            self.layers,
             read_s=self._read_s() - self._read_s_at_reset,
-            stall_s=sum(layer.stall_s for layer in layers),
-            compute_s=sum(layer.compute_s for layer in layers),
-            resident_bytes=sum(layer.resident_bytes for layer in layers),
-            expert_bytes=sum(layer.spec.num_experts * layer.spec.expert_bytes for layer in self.layers),
             slot_bytes=self._slot_bytes(),
             shrinks=0 if self._sizing is None else self._sizing.shrinks,
-            device_steps=sum(layer.device_steps for layer in layers),
             decoding=self._pace.decoding(),
-            layers=layers,
-        )
-
-    def _sums(self) -> Sums:
-        stats = [layer.stats for layer in self.layers]
-        return (
-            sum(one.hits for one in stats),
-            sum(one.misses for one in stats),
-            sum(one.stall_s for one in stats),
-            sum(one.compute_s for one in stats),
         )
 
     def reset_stats(self) -> None:
