@@ -83,7 +83,11 @@ class OffloadConfig:
 
     host_memory: int | float | str | None = None
     """Bytes of host memory for experts: "4GiB", bytes, or "25%" of the expert bytes. None: what this machine and its
-    cgroups have free after the dense weights, less head-room."""
+    cgroups have free after the dense weights, less head-room and the KV cache of a text of `context` tokens, as
+    `moert plan` divides it."""
+    context: int | None = None
+    """Tokens of text for whose KV cache host_memory=None leaves room. None: 4096, or what the model takes if that is
+    less."""
     shrink_on_pressure: bool = True
     """Give host memory back between steps, down to what one token needs, when the machine or a cgroup runs short of it,
     even where host_memory asks for more. It stays given back until `moert.resize`."""
@@ -129,6 +133,10 @@ class OffloadConfig:
             isinstance(self.io_depth, bool) or not isinstance(self.io_depth, int) or not 1 <= self.io_depth <= 64
         ):
             raise ConfigError(f"io_depth={self.io_depth!r} must be None or a whole number from 1 to 64")
+        if self.context is not None and (
+            isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 1
+        ):
+            raise ConfigError(f"context={self.context!r} must be None or a whole number of tokens, at least 1")
         for option in ("shrink_on_pressure", "prefetch", "direct_io", "debug"):
             if not isinstance(getattr(self, option), bool):
                 raise ConfigError(f"{option}={getattr(self, option)!r} must be True or False")

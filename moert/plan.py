@@ -23,10 +23,19 @@ class LayerNeed:
     """Experts that one token needs at once; fewer slots are refused."""
 
 
-def default_budget(needs: Sequence[LayerNeed], available_bytes: int) -> Budget:
-    """The budget when none is given: 80 % of what is available, less 256 MiB for activations and the KV cache."""
+WORKSPACE_BYTES = 256 << 20
+"""Activations and what torch keeps for itself."""
+
+FREE_SHARE = 0.8
+"""Of what is available, the most that is taken where nobody says how much: others want to run too."""
+
+
+def default_budget(needs: Sequence[LayerNeed], available_bytes: int, reserved_bytes: int = 0) -> Budget:
+    """The budget when none is given: four fifths of what is available, less workspace and what is `reserved_bytes` for
+    the KV cache and the like. No more than all experts take."""
     wanted = sum(need.slot_bytes * need.num_experts for need in needs)
-    return Budget(nbytes=max(1, min(wanted, int(available_bytes * 0.8) - (256 << 20))))
+    room = int(available_bytes * FREE_SHARE) - WORKSPACE_BYTES - reserved_bytes
+    return Budget(nbytes=max(1, min(wanted, room)))
 
 
 def plan_slots(needs: Sequence[LayerNeed], budget: Budget, option: str = "host_memory") -> list[int]:

@@ -13,14 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache
 
+import moert
 from moert.config import Budget
 from moert.errors import CapacityError, ConfigError
+from moert.hf.model import runtime_of
 from moert.hf.model_needs import read_needs
 from moert.plan import LayerNeed
 from moert.planning.forecast import Placement, decode_speed, prefill_speed, typical_hits, uniform_hits
 from moert.planning.machine import Machine, load_machine, machine_names, read_machine
 from moert.planning.memory import WORKSPACE_BYTES, lay_out
 from moert.planning.model import CacheLayer, ModelNeeds
+from moert.runtime import building
 
 GIB = 1 << 30
 each_machine = pytest.mark.parametrize("name", machine_names())
@@ -166,6 +169,30 @@ def test_the_needs_of_a_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> 
     assert needs.longest_context == 512
     assert needs.cache is not None
     assert len(needs.cache) == model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("context", [None, 64, 300, 4096])
+def test_loading_divides_memory_as_planned(
+    context: int | None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cli_support import checkpoint
+
+    folder = Path(checkpoint(tmp_path_factory.getbasetemp() / "cli", "olmoe"))
+    needs = read_needs(folder)
+    config = AutoModelForCausalLM.from_pretrained(folder).config
+    tokens = min(512, context or 4096)
+    width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    assert needs.cache_bytes(tokens, 1) == tokens * config.num_hidden_layers * 2 * width * 4, "keys and values in fp32"
+    # Four fifths of it leave room for the KV cache and more than half of the experts.
+    room = needs.cache_bytes(tokens, 1) + int(0.6 * needs.expert_bytes)
+    whole = needs.dense_bytes + int((WORKSPACE_BYTES + room) / 0.8)
+    planned = lay_out(needs, machine_of(host_memory_bytes=whole), context=tokens, batch=1)
+    monkeypatch.setattr(building, "available_bytes", lambda: whole - needs.dense_bytes)
+    model = moert.load(folder, context=context, preload=False)
+    slots = tuple(layer.residency.capacity for layer in runtime_of(model).layers)
+    moert.close(model)
+    assert slots == planned.placement.host
+    assert sum(slots) < sum(need.num_experts for need in needs.layers)
 
 
 def test_decode_by_hand() -> None:

@@ -100,7 +100,8 @@ def examine(name: str | None, options: LoadOptions) -> dict[str, Any]:
 
 def _examine_model(name: str, options: LoadOptions, available_bytes: int | None) -> dict[str, Any]:
     """What a checkpoint holds; where moert cannot run it, why."""
-    from moert.hf.inspection import inspect_checkpoint, local_folder
+    from moert.hf.cache_needs import cache_bytes
+    from moert.hf.inspection import Planner, inspection_of, local_folder, plan_checkpoint
     from moert.hf.text import hush, read_settings
     from moert.plan import default_budget
 
@@ -118,7 +119,8 @@ def _examine_model(name: str, options: LoadOptions, available_bytes: int | None)
         return {**found, "supported": None, "reason": "not on this machine yet; download it and ask again"}
     try:
         with reading(name):
-            inspection = inspect_checkpoint(folder, dtype=options.dtype)
+            plan = plan_checkpoint(folder, Planner(), dtype=options.dtype)
+            inspection = inspection_of(plan)
             found["files"] = list(inspection.files)
     except ConfigError:
         raise
@@ -127,6 +129,7 @@ def _examine_model(name: str, options: LoadOptions, available_bytes: int | None)
     needs = inspection.needs
     slots = sum(need.num_experts * need.slot_bytes for need in needs)
     room = None if available_bytes is None else max(0, available_bytes - inspection.dense_bytes)
+    reserved = cache_bytes(plan.model, options.offload.context)
     return {
         **found,
         "calibration": _known(folder, options.dtype),
@@ -147,7 +150,7 @@ def _examine_model(name: str, options: LoadOptions, available_bytes: int | None)
         "read_in_place": inspection.is_direct,
         "host_bytes_for_all": slots,
         "smallest_host_bytes": sum(need.top_k * need.slot_bytes for need in needs),
-        "default_host_bytes": None if room is None else default_budget(needs, room).nbytes,
+        "default_host_bytes": None if room is None else default_budget(needs, room, reserved).nbytes,
     }
 
 

@@ -109,18 +109,6 @@ def shard_files(folder: Path) -> list[str]:
     return indexed if indexed is not None else sorted(str(path) for path in folder.glob("*.safetensors"))
 
 
-def inspect_checkpoint(folder: Path, *, dtype: str = "auto") -> Inspection:
-    """Find the experts of the checkpoint in `folder` the way loading does; reads headers, no weights.
-
-    Args:
-        dtype: as for `from_pretrained`.
-
-    Raises:
-        ConfigError, UnsupportedModelError, CorruptFileError, TransferError: loading would raise the same.
-    """
-    return inspection_of(plan_checkpoint(folder, Planner(), dtype=dtype))
-
-
 def inspection_of(plan: Plan) -> Inspection:
     """What a plan says of its checkpoint."""
     planner, model = plan.planner, plan.model

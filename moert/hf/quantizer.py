@@ -20,6 +20,7 @@ from moert.config import OffloadConfig
 from moert.errors import CorruptFileError, UnsupportedModelError
 from moert.formats import FormatChoice
 from moert.hf.adapters import ExpertsAdapter, find_experts
+from moert.hf.cache_needs import cache_bytes
 from moert.hf.checkpoint import CheckpointMap
 from moert.hf.dense import own_memory
 from moert.hf.dense_compute import take_over
@@ -130,11 +131,12 @@ class MoertQuantizer(HfQuantizer):
     ) -> None:
         config = self._config
         _warn_of_decoding(layers)
+        reserved = cache_bytes(model, config.context) if config.host_memory is None else 0
 
         def make_runtime() -> OffloadRuntime:
             source = CheckpointSource(paths, records, direct=config.direct_io)
             try:
-                return runtime_in_slots(layers.specs, source, config, progress.get())
+                return runtime_in_slots(layers.specs, source, config, progress.get(), reserved)
             except BaseException:
                 source.close()
                 raise

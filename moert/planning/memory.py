@@ -6,14 +6,11 @@ from dataclasses import dataclass
 
 from moert.config import Budget, format_bytes
 from moert.errors import CapacityError, ConfigError
-from moert.plan import plan_slots
+from moert.plan import WORKSPACE_BYTES, default_budget, plan_slots
 from moert.planning.forecast import Placement
 from moert.planning.machine import Machine
 from moert.planning.model import ModelNeeds, total_bytes
 
-WORKSPACE_BYTES = 256 << 20
-"""Activations and what torch keeps for itself, as `moert.plan.default_budget` leaves it free."""
-FREE_SHARE = 0.8
 STAGED_SLOTS = 3
 """On a device: one expert that arrives, one that waits to be installed, one that runs without a slot."""
 
@@ -107,9 +104,9 @@ def _tier(
             f"experts), and there are {format_bytes(available)}"
         )
     if budget is None:
-        # Loading leaves a fifth free for others too (`moert.plan.default_budget`), but cannot know of the KV cache.
-        room = int(FREE_SHARE * (available - dense)) - WORKSPACE_BYTES - cache - staging
-        experts = max(needs.least_bytes, min(needs.expert_bytes, room))
+        room = default_budget(needs.layers, available - dense, cache + staging).nbytes
+        assert room is not None
+        experts = max(needs.least_bytes, room)
     else:
         slots = plan_slots(needs.layers, budget, option)
         experts = total_bytes(needs.layers, slots)

@@ -46,11 +46,16 @@ def runtime_in_parameters(
 
 
 def runtime_in_slots(
-    specs: Sequence[LayerSpec], source: RecordSource, config: OffloadConfig, progress: Progress | None = None
+    specs: Sequence[LayerSpec],
+    source: RecordSource,
+    config: OffloadConfig,
+    progress: Progress | None = None,
+    reserved_bytes: int = 0,
 ) -> OffloadRuntime:
     """Experts come from `source`, which the runtime owns (and closes) once this has returned.
 
-    Allocates the host tier, and blocks while experts are preloaded if `config.preload` asks for it.
+    Allocates the host tier, and blocks while experts are preloaded if `config.preload` asks for it. Where no budget is
+    given, `reserved_bytes` of memory are left free for what comes later, the KV cache above all.
 
     Raises:
         CapacityError: the budget is too small for one token, or the memory cannot be had.
@@ -59,7 +64,7 @@ def runtime_in_slots(
     opened: list[Callable[[], None]] = []
     try:
         needs = _needs(specs, source)
-        slots = plan_slots(needs, config.host_budget or default_budget(needs, available_bytes()))
+        slots = plan_slots(needs, config.host_budget or default_budget(needs, available_bytes(), reserved_bytes))
         records = [source.record(spec.index, expert) for spec in specs for expert in range(spec.num_experts)]
         staged = [record.buffer_bytes for record in records if not record.is_direct]
         tier = HostTier(needs, slots, *((reads_ahead(config), max(staged)) if staged else (0, 0)))
