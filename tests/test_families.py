@@ -71,6 +71,22 @@ def test_load_is_transparent(family: str, zoo: Zoo) -> None:
     "family",
     [pytest.param(family, marks=() if family in QUICK_IN_BF16 else pytest.mark.slow) for family in SUPPORTED_FAMILIES],
 )
+def test_measuring_memory_leaves_the_model_as_it_is(family: str, zoo: Zoo) -> None:
+    """The KV cache is found out by running a copy of the model without weights."""
+    specimen = zoo.specimen(family)
+    model = moert.load(specimen.path, dtype=torch.float32)
+    try:
+        assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        assert_dense_weights_loaded(model, specimen)
+        assert_same_results(model, specimen)
+    finally:
+        moert.close(model)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=() if family in QUICK_IN_BF16 else pytest.mark.slow) for family in SUPPORTED_FAMILIES],
+)
 def test_load_in_bf16_keeps_each_experts_dtype(family: str, zoo: Zoo) -> None:
     specimen = zoo.specimen(family, torch.bfloat16)
     model = moert.load(specimen.path, host_memory="25%", dtype=torch.bfloat16)

@@ -134,14 +134,14 @@ class Told(Predictor):
 
 
 class Rig:
-    """Two layers of eight experts of which four fit, a disk, and a clock that a test sets."""
+    """Layers of eight experts of which four fit, a disk, and a clock that a test sets."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 2) -> None:
         self.now = 0.0
         self.disk = FakeDisk()
-        self.layers = [FakeLayer(index, 8, 4, self.disk) for index in range(2)]
+        self.layers = [FakeLayer(index, 8, 4, self.disk) for index in range(layers)]
         self.pipeline = Pipeline(self.layers, 8, clock=lambda: self.now)
-        self.told = Told(Model((8, 8), (2, 2)))
+        self.told = Told(Model((8,) * layers, (2,) * layers))
         self.told.next = []
         self.ahead = LookAhead(self.told, self.layers, self.pipeline, clock=lambda: self.now)
 
@@ -204,6 +204,14 @@ def test_the_next_pass_is_looked_at_from_the_last_layer(rig: Rig) -> None:
     assert rig.reading(0) == {6}
     rig.step(0, [6], idle_s=2.0)
     assert rig.layers[0].stats.forwarded == 1
+
+
+def test_the_only_layer_is_not_the_next_one() -> None:
+    rig = Rig(layers=1)
+    rig.told.first = [0, 0, 0, 0, 0, 0, 0.9, 0]
+    for expert in range(5):
+        rig.step(0, [expert], idle_s=2.0)
+    assert not rig.reading(0)
 
 
 def test_what_is_due_sooner_is_read_first() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from moert.hf.experts import OffloadedExperts
@@ -16,14 +19,16 @@ CONTEXT = 4096
 _PROBE_TOKENS = 8
 
 
-def cache_bytes(model: PreTrainedModel, context: int | None) -> int:
+def cache_bytes(model: PreTrainedModel, context: int | None, experts: Sequence[str] = ()) -> int:
     """The KV cache of one sequence of so many tokens, or of `CONTEXT`; 0 where the model's code does not tell.
 
     Args:
-        model: as for `cache_layers`.
+        model: on the meta device; a copy of it runs, as some classes keep what they make on the way.
+        experts: the paths of its experts modules, as for `cache_layers`.
     """
     try:
-        layers = cache_layers(model)
+        probe = copy.deepcopy(model) if experts else model
+        layers = cache_layers(probe, [probe.get_submodule(path) for path in experts])
     except Exception:  # any model's own code runs here
         return 0
     longest = longest_context(model)
@@ -39,7 +44,7 @@ def longest_context(model: PreTrainedModel) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def cache_layers(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
+def cache_layers(model: PreTrainedModel, experts: Sequence[nn.Module] = ()) -> tuple[CacheLayer, ...]:
     """What each layer keeps of a sequence, as the model itself says when it runs: a few tokens, on the meta device.
 
     Nothing is computed and nothing allocated. Every kind of attention is served that fills transformers' cache: grouped
@@ -47,14 +52,16 @@ def cache_layers(model: PreTrainedModel) -> tuple[CacheLayer, ...]:
     that share another's cache, and states of fixed size.
 
     Args:
-        model: on the meta device, with its experts offloaded; its forward is put back as it was.
+        model: on the meta device, with its experts offloaded; their forward is put back as it was, and the rest of the
+            model may keep tensors on the meta device.
+        experts: its experts modules, where they are not offloaded.
     """
-    experts = [module for module in model.modules() if isinstance(module, OffloadedExperts)]
+    experts = experts or [module for module in model.modules() if isinstance(module, OffloadedExperts)]
     cache: Any = DynamicCache(config=model.config)
     ids = torch.zeros((1, _PROBE_TOKENS), dtype=torch.long, device="meta")
     try:
         for module in experts:
-            module.forward = _nothing  # type: ignore[method-assign]
+            module.forward = _nothing
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache, use_cache=True)
     finally:

@@ -58,6 +58,8 @@ class MoertQuantizer(HfQuantizer):
         self.pre_quantized = True
         self._make_runtime: Callable[[], OffloadRuntime] | None = None
         self._stored_as: FormatChoice | None = None
+        self._reserved_bytes = 0
+        """Of memory that is measured, for the KV cache."""
 
     @property
     def is_trainable(self) -> bool:
@@ -83,6 +85,7 @@ class MoertQuantizer(HfQuantizer):
                 "experts cannot be offloaded and sharded at once: drop tp_plan / distributed_config"
             )
         adapters = find_experts(model)
+        self._reserve(model, list(adapters))
         pack = self._find_pack(checkpoint_files)
         entries = read_checkpoint(checkpoint_files) if pack is None else {}
         dtypes = _dtypes_in_memory(model, adapters, dtype)
@@ -105,6 +108,11 @@ class MoertQuantizer(HfQuantizer):
         else:
             self._plan(model, layers, *pack.records(layers))
         return model
+
+    def _reserve(self, model: PreTrainedModel, experts: list[str]) -> None:
+        """Find out what `model`, whose experts modules are still there, needs beside its weights."""
+        if self._config.host_memory is None:
+            self._reserved_bytes = cache_bytes(model, self._config.context, experts)
 
     def _find_pack(self, checkpoint_files: list[str] | None) -> Pack | None:
         """The pack that the model is loaded from; None for an ordinary checkpoint."""
@@ -131,12 +139,11 @@ class MoertQuantizer(HfQuantizer):
     ) -> None:
         config = self._config
         _warn_of_decoding(layers)
-        reserved = cache_bytes(model, config.context) if config.host_memory is None else 0
 
         def make_runtime() -> OffloadRuntime:
             source = CheckpointSource(paths, records, direct=config.direct_io)
             try:
-                return runtime_in_slots(layers.specs, source, config, progress.get(), reserved)
+                return runtime_in_slots(layers.specs, source, config, progress.get(), self._reserved_bytes)
             except BaseException:
                 source.close()
                 raise

@@ -132,7 +132,7 @@ class LookAhead:
                 return
             for prediction in predictions:
                 self._ask(_Look.STEP, prediction, self._idle_until(layer, prediction.layer))
-            if layer == len(self._layers) - 1:
+            if 0 < layer == len(self._layers) - 1:
                 following = self._guard.next_pass(0)
                 if following is not None:
                     self._ask(_Look.NEXT_PASS, following, self._idle_until(layer, layer + 1))
