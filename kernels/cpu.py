@@ -19,6 +19,7 @@ __all__ = [
     "isa",
     "isa_names",
     "linear",
+    "product",
     "set_threads",
     "threads",
     "use_isa",
@@ -98,6 +99,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor | Matrix, bias: torch.Tensor | 
         or not (bias is None or bias_fits(bias, weight.shape[0], x.dtype))
     ):
         return torch.nn.functional.linear(x, weight, bias)
+    return product(x, weight, bias)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K] times the transpose of `weight` [N, K], plus `bias` [N], in the dtype of all of them; the sums in the
+    order of moert's kernels. All on the CPU, weight and bias contiguous, which is not checked. New memory. Blocks."""
     n, k = weight.shape
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)

@@ -243,22 +243,3 @@ def pick(router: TokenRouter, logits: torch.Tensor) -> tuple[torch.Tensor, torch
     weights = torch.empty(top_k, dtype=torch.float32)
     _C.pick(router.arguments, logits.data_ptr(), len(logits), ids.data_ptr(), weights.data_ptr())
     return ids, weights
-
-
-def fine_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """As `torch.nn.functional.linear` in fp32 on the CPU, contiguous weight and bias; the sums in the order of moert's
-    kernels. New memory. Blocks."""
-    n, k = weight.shape
-    x = x.contiguous()
-    y = torch.empty((*x.shape[:-1], n), dtype=torch.float32)
-    _C.product(
-        "fp32",
-        weight.data_ptr(),
-        n,
-        k,
-        x.data_ptr(),
-        x.numel() // k,
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-    )
-    return y

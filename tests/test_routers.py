@@ -20,8 +20,7 @@ import moert
 from moert.hf.dense_compute import count, give_back, take_over
 from moert.hf.reference import round_as_moert
 from moert.hf.routers import RouterForward
-from moert.kernels.cpu import linear
-from moert.kernels.moe_block import fine_linear
+from moert.kernels.cpu import linear, product
 
 CALLED = 0
 FACTOR = 1
@@ -121,7 +120,7 @@ def test_product_in_fp32_of_what_is_cast_to_it(dtype: torch.dtype) -> None:
     router, x = made(InFp32, dtype), numbers(2, 3, 48, dtype=dtype)
     assert taken(router)
     found = router(x)
-    assert torch.equal(found, fine_linear(x.float(), router.weight.float(), router.bias.float()))
+    assert torch.equal(found, product(x.float(), router.weight.float(), router.bias.float()))
     wanted = F.linear(x.double(), router.weight.double(), router.bias.double())
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2**-20)
     # Each row is the same whatever comes with it.
@@ -134,7 +133,7 @@ def test_finer_router_of_a_model_of_16_bits() -> None:
     assert count(model, RouterForward) == 1
     assert count(made(Plain, torch.float32), RouterForward) == 0
     x = numbers(3, 48, dtype=torch.float32)
-    expected = fine_linear(x, model[0].weight).softmax(-1).topk(2)
+    expected = product(x, model[0].weight).softmax(-1).topk(2)
     assert torch.equal(model[0](x)[0], expected.values)
 
 

@@ -22,8 +22,7 @@ from moert.hf.norms import norm_forward
 from moert.hf.own_forward import Note, OwnForward, is_differentiated, is_recorded
 from moert.hf.routers import Linear, router_forward
 from moert.hf.self_attention import self_attention_forward
-from moert.kernels.cpu import HALVES, linear
-from moert.kernels.moe_block import fine_linear
+from moert.kernels.cpu import HALVES, linear, product
 
 _taken: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = weakref.WeakKeyDictionary()
 """Model -> its layers that have been taken over; not in the model, which can be pickled."""
@@ -72,7 +71,7 @@ def _router_product(
         return _product(input, weight, bias, note)
     if not _is_for_kernels(input, weight, bias, dtypes=(torch.float32,)) or not _is_vector(bias):
         return torch.nn.functional.linear(input, weight, bias)
-    return fine_linear(input, weight, bias)
+    return product(input, weight, bias)
 
 
 def take_over(model: nn.Module, wanted: bool | None, note: Note | None = None) -> int:
