@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from joblib.parallel import ThreadingBackend
 from simulate_support import random_trace
 
 from moert.errors import CapacityError, ConfigError
+from moert.policies.lru import LRU
 from moert.simulate import Result, simulate, sweep
 from moert.trace import Trace, TraceWriter
 
@@ -82,6 +84,26 @@ def test_other_backends_find_the_same(backend: str, as_files: bool, files: list[
 
 def test_n_jobs_is_joblibs(files: list[Path]) -> None:
     assert rows(sweep(files, ["lru"], [3], n_jobs=2)) == rows(sweep(files, ["lru"], [3], n_jobs=1))
+
+
+class Grows(LRU):
+    """Each replay leaves more behind than joblib lets a worker grow by, and takes longer than joblib looks away."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        kept.append(np.ones(40_000_000))
+        time.sleep(1.1)
+
+
+kept: list[Any] = []
+
+
+def test_a_worker_that_grows_is_replaced_in_silence(recwarn: pytest.WarningsRecorder) -> None:
+    (trace, _) = make_traces()
+    ways: dict[str, Any] = {"capacities": [3, 4, 5, 6, 7], "scopes": ["global"], "bounds": False}
+    found = sweep([trace], ["test_simulate_sweep:Grows"], n_jobs=2, **ways)
+    assert [result.hits for result in found] == [result.hits for result in sweep([trace], ["lru"], **ways)]
+    assert not [str(warning.message) for warning in recwarn]
 
 
 @pytest.mark.slow

@@ -105,7 +105,11 @@ def sweep(
                 ]
     outcomes = _outcomes(cells, n_jobs)
     try:
-        return list(_collected(cells, outcomes, progress))
+        with warnings.catch_warnings():
+            # joblib replaces a worker that has grown by 300 MB, by a long trace or by compiling, and takes it for a
+            # leak; no cell is lost by it.
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
+            return list(_collected(cells, outcomes, progress))
     finally:
         with warnings.catch_warnings():
             # That what comes after an error is not asked for is no mistake, as joblib takes it to be.
