@@ -7,9 +7,10 @@
 
 With a trace, tokens choose the experts that it says (`moert.follow`): random weights have no routing worth predicting.
 Without one, the model's own routers decide. All ways are loaded at once, in one process, and take turns, a block of
-tokens each, in another order each time, so that a disk that changes its speed does so for all. Experts are read past
-the page cache. Each way's tokens must be those of the first. Gains are medians over blocks, each block against that of
-the first way in the same round.
+tokens each, in another order each time, so that a disk that changes its speed does so for all. The tokens before those
+that count are as many as it may take to find out whether reads ahead of time gain. Experts are read past the page
+cache. Each way's tokens must be those of the first. Gains are medians over blocks, each block against that of the first
+way in the same round.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def main(
     host_memory: Annotated[str, typer.Option(help="Of each way.")] = "25%",
     predictor: Annotated[str, typer.Option(help="With a trace it must go by picks.")] = "joint",
     tokens: Annotated[int, typer.Option(min=16, help="Tokens that count, of each way.")] = 384,
-    warm_up: Annotated[int, typer.Option(min=1, help="Tokens before them.")] = 384,
+    warm_up: Annotated[int, typer.Option(min=1, help="Tokens before them.")] = 896,
     block: Annotated[int, typer.Option(min=1, help="Tokens at a turn.")] = 16,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write everything there.")] = None,
 ) -> None:

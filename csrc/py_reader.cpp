@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "moves.h"
 #include "py.h"
 #include "reader.h"
 
@@ -14,12 +15,14 @@ namespace {
 constexpr const char* kReaderName = "moert.reader";
 constexpr const char* kRecordName = "moert.record";
 constexpr const char* kClockName = "moert.busy_clock";
+constexpr const char* kMovesName = "moert.moves";
 
 // How long a thread that waits may be deaf to signals that another one has received.
 constexpr std::chrono::nanoseconds kPoll{100'000'000};
 
 using SharedRecord = std::shared_ptr<Record>;
 using SharedClock = std::shared_ptr<BusyClock>;
+using SharedMoves = std::shared_ptr<const Moves>;
 
 void destroy_reader(PyObject* capsule) {
     auto* reader = static_cast<Reader*>(PyCapsule_GetPointer(capsule, kReaderName));
@@ -95,12 +98,70 @@ bool parse_part(PyObject* object, Part* part) {
     return true;
 }
 
-PyObject* py_reader_submit(PyObject*, PyObject* args) {
-    PyObject *reader_object, *kind_object, *nbytes_object, *parts_object;
-    if (!PyArg_ParseTuple(args, "OOOO!:reader_submit", &reader_object, &kind_object, &nbytes_object, &PyList_Type,
-                          &parts_object)) {
+bool parse_move(PyObject* object, Moves* moves) {
+    constexpr unsigned long long kMost = uint64_t{1} << 48;
+    int from, to;
+    unsigned long long rows, columns, source, source_row, source_column, destination, destination_row;
+    if (!PyArg_ParseTuple(object, "iiKKKKKKK", &from, &to, &rows, &columns, &source, &source_row, &source_column,
+                          &destination, &destination_row)) {
+        return false;
+    }
+    const bool counts = rows <= kMost && columns <= kMost && source <= kMost && source_row <= kMost &&
+                        source_column <= kMost && destination <= kMost && destination_row <= kMost;
+    if (from < 0 || from >= kItems || to < 0 || to >= kItems || !counts ||
+        !moves->add({static_cast<Item>(from), static_cast<Item>(to), rows, columns, source, source_row, source_column,
+                     destination, destination_row})) {
+        PyErr_Format(PyExc_ValueError, "%llu x %llu items cannot be moved from %llu to %llu", rows, columns, source,
+                     destination);
+        return false;
+    }
+    return true;
+}
+
+PyObject* py_moves(PyObject*, PyObject* list) {
+    if (!PyList_Check(list)) {
+        PyErr_SetString(PyExc_TypeError, "moves are a list of tuples");
         return nullptr;
     }
+    auto moves = std::make_shared<Moves>();
+    for (Py_ssize_t i = 0; i < PyList_Size(list); i++) {
+        if (!parse_move(PyList_GetItem(list, i), moves.get())) return nullptr;
+    }
+    return enclose(std::make_unique<SharedMoves>(std::move(moves)), kMovesName);
+}
+
+bool parse_moving(PyObject* args, AfterRead* after) {
+    PyObject *moves_object, *source_object, *source_bytes_object, *destination_object, *destination_bytes_object;
+    if (!PyArg_ParseTuple(args, "OOOOO", &moves_object, &source_object, &source_bytes_object, &destination_object,
+                          &destination_bytes_object)) {
+        return false;
+    }
+    const auto* moves = disclose<SharedMoves>(moves_object, kMovesName);
+    uint8_t *source, *destination;
+    size_t source_bytes, destination_bytes;
+    if (moves == nullptr || !as_range(source_object, source_bytes_object, &source, &source_bytes) ||
+        !as_range(destination_object, destination_bytes_object, &destination, &destination_bytes)) {
+        return false;
+    }
+    const bool is_aligned = reinterpret_cast<uintptr_t>(destination) % kBlockBytes == 0;
+    if (!is_aligned || source_bytes < (*moves)->source_bytes || destination_bytes < (*moves)->destination_bytes) {
+        PyErr_Format(PyExc_ValueError,
+                     "moves of %zu bytes into %zu need so much memory, and the latter in whole blocks",
+                     (*moves)->source_bytes, (*moves)->destination_bytes);
+        return false;
+    }
+    *after = [moves = *moves, source, destination] { moves->run(source, destination); };
+    return true;
+}
+
+PyObject* py_reader_submit(PyObject*, PyObject* args) {
+    PyObject *reader_object, *kind_object, *nbytes_object, *parts_object, *moving_object = Py_None;
+    if (!PyArg_ParseTuple(args, "OOOO!|O:reader_submit", &reader_object, &kind_object, &nbytes_object, &PyList_Type,
+                          &parts_object, &moving_object)) {
+        return nullptr;
+    }
+    AfterRead after;
+    if (moving_object != Py_None && !parse_moving(moving_object, &after)) return nullptr;
     auto* reader = disclose<Reader>(reader_object, kReaderName);
     uint64_t kind, nbytes;
     if (reader == nullptr || !as_unsigned(kind_object, "class", kReadClasses - 1, &kind) ||
@@ -112,8 +173,8 @@ PyObject* py_reader_submit(PyObject*, PyObject* args) {
         if (!parse_part(PyList_GetItem(parts_object, static_cast<Py_ssize_t>(i)), &parts[i])) return nullptr;
     }
     auto record = std::make_unique<SharedRecord>();
-    const bool done =
-        without_gil([&] { *record = reader->submit(std::move(parts), nbytes, static_cast<ReadClass>(kind)); });
+    const bool done = without_gil(
+        [&] { *record = reader->submit(std::move(parts), nbytes, static_cast<ReadClass>(kind), std::move(after)); });
     return done ? enclose(std::move(record), kRecordName) : nullptr;
 }
 
@@ -133,6 +194,15 @@ PyObject* py_reader_cancel(PyObject*, PyObject* args) {
     if (!parse_reader_and_record(args, &reader, &record)) return nullptr;
     if (!without_gil([&] { cancelled = reader->cancel(*record); })) return nullptr;
     return PyBool_FromLong(cancelled);
+}
+
+PyObject* py_reader_give_up(PyObject*, PyObject* args) {
+    Reader* reader;
+    SharedRecord* record;
+    bool given_up = false;
+    if (!parse_reader_and_record(args, &reader, &record)) return nullptr;
+    if (!without_gil([&] { given_up = reader->give_up(*record); })) return nullptr;
+    return PyBool_FromLong(given_up);
 }
 
 PyObject* py_reader_promote(PyObject*, PyObject* args) {
@@ -238,6 +308,13 @@ PyObject* py_record_seconds(PyObject*, PyObject* object) {
     return PyFloat_FromDouble(over ? (*record)->seconds : 0);
 }
 
+PyObject* py_record_begun(PyObject*, PyObject* object) {
+    const auto* record = disclose<SharedRecord>(object, kRecordName);
+    if (record == nullptr) return nullptr;
+    const bool over = (*record)->outcome.state() != ReadState::kUnderWay;
+    return PyLong_FromUnsignedLongLong(over ? (*record)->nbytes_begun() : 0);
+}
+
 PyObject* py_record_failure(PyObject*, PyObject* object) {
     const auto* record = disclose<SharedRecord>(object, kRecordName);
     if (record == nullptr) return nullptr;
@@ -258,13 +335,24 @@ PyMethodDef reader_methods[] = {
     {"reader_open", py_reader_open, METH_VARARGS,
      "reader_open(lanes, guesses, clock) -> capsule\n\nThreads that read records: for each disk as many chunks at once "
      "as there are lanes, of which `guesses` may be no demands. The clock runs while anything is read."},
+    {"moves", py_moves, METH_O,
+     "moves(list) -> capsule\n\nWhat is done with a record that has been read. Each move is (from, to, rows, columns, "
+     "source, source_row, source_column, destination, destination_row): items of type 0 (fp32), 1 (bf16), 2 (fp16) or "
+     "3 (bytes, which stay bytes), bytes from the beginning of either memory, and items from one row or column to the "
+     "next."},
     {"reader_submit", py_reader_submit, METH_VARARGS,
-     "reader_submit(reader, class, nbytes, parts) -> capsule\n\nQueues a record of nbytes in class 0 (demand), 1 "
+     "reader_submit(reader, class, nbytes, parts, moving=None) -> capsule\n\nQueues a record of nbytes in class 0 "
+     "(demand), 1 "
      "(promotion) or 2 (prefetch). Each part is (fd, device, inode, size, mtime_ns, offset, window_bytes, "
      "needed_bytes, destination); the caller keeps the file open and the memory there until the record is settled. "
+     "`moving` is (moves, source, source_bytes, destination, destination_bytes): they are done before it is settled as "
+     "whole. "
      "RuntimeError: the reader is closed, this is a fork, or there is no thread to be had."},
     {"reader_cancel", py_reader_cancel, METH_VARARGS,
      "reader_cancel(reader, record) -> bool\n\nTrue, and the record is settled, if nothing of it had been begun."},
+    {"reader_give_up", py_reader_give_up, METH_VARARGS,
+     "reader_give_up(reader, record) -> bool\n\nBegins no more of the record, which is settled as cancelled once what "
+     "has been begun has ended; False: all of it has been."},
     {"reader_promote", py_reader_promote, METH_VARARGS,
      "reader_promote(reader, record) -> bool\n\nMakes what has not been begun of the record a demand; False: there is "
      "nothing, or it is one."},
@@ -289,6 +377,8 @@ PyMethodDef reader_methods[] = {
     {"record_seconds", py_record_seconds, METH_O,
      "record_seconds(record) -> float\n\nFrom the start of its first chunk to the end of its last; 0 until it is "
      "settled."},
+    {"record_begun", py_record_begun, METH_O,
+     "record_begun(record) -> int\n\nBytes of the chunks that had been begun when it was settled; 0 until then."},
     {"record_failure", py_record_failure, METH_O,
      "record_failure(record) -> tuple[int, int, int] | None\n\nWhere a failed record stopped: (part, offset, errno), "
      "with 0 for a file that ended too early or was changed."},

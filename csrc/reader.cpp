@@ -24,6 +24,14 @@ size_t index_of(ReadClass kind) {
 
 }  // namespace
 
+uint64_t Record::nbytes_begun() const {
+    uint64_t nbytes = 0;
+    for (const Share& share : shares) {
+        for (size_t i = 0; i < share.begun; i++) nbytes += share.chunks[i].nbytes;
+    }
+    return nbytes;
+}
+
 Reader::Reader(Lanes lanes, std::shared_ptr<BusyClock> clock, ReadCall call)
     : call_(call), lanes_(lanes), clock_(std::move(clock)) {}
 
@@ -46,7 +54,8 @@ Reader::Disk& Reader::disk_of(uint64_t device) {
 
 bool Reader::start_thread(Disk& disk) {
     const size_t number = disk.threads.size();
-    if (number >= static_cast<size_t>(std::max(disk.lanes.all, 0))) return false;
+    // Beside those that read there may be others that do what comes after it.
+    if (number >= static_cast<size_t>(std::max(disk.lanes.all, 0) + disk.ending)) return false;
     // Threads inherit the mask: no signal handler of the program ever runs on one of these.
     sigset_t all, before;
     sigfillset(&all);
@@ -69,7 +78,7 @@ void Reader::call_threads(Disk& disk) {
     const size_t guesses = std::min(disk.guesses, limit(disk.lanes.guesses, disk.guessing));
     const size_t wanted = std::min(disk.demands + guesses, limit(disk.lanes.all, disk.busy));
     for (size_t i = 0; i < std::min(wanted, static_cast<size_t>(disk.idle)); i++) disk.changed.notify_one();
-    while (disk.threads.size() - static_cast<size_t>(disk.busy) < wanted && start_thread(disk)) {
+    while (disk.threads.size() - static_cast<size_t>(disk.busy + disk.ending) < wanted && start_thread(disk)) {
     }
 }
 
@@ -81,12 +90,14 @@ void Reader::push(const std::shared_ptr<Record>& record, size_t number) {
     call_threads(disk);
 }
 
-std::shared_ptr<Record> Reader::submit(std::vector<Part> parts, uint64_t record_bytes, ReadClass kind) {
+std::shared_ptr<Record> Reader::submit(std::vector<Part> parts, uint64_t record_bytes, ReadClass kind,
+                                       AfterRead after) {
     refuse_fork();
     auto record = std::make_shared<Record>();
     record->parts = std::move(parts);
     record->nbytes = record_bytes;
     record->kind = kind;
+    record->after = std::move(after);
     for (size_t i = 0; i < record->parts.size(); i++) {
         const Part& part = record->parts[i];
         auto share = std::find_if(record->shares.begin(), record->shares.end(),
@@ -136,10 +147,29 @@ bool Reader::cancel(const std::shared_ptr<Record>& record) {
     return true;
 }
 
+bool Reader::give_up(const std::shared_ptr<Record>& record) {
+    refuse_fork();
+    const Lock lock(mutex_);
+    if (record->outcome.state() != ReadState::kUnderWay || record->failed) return false;
+    const size_t chunks = withdraw(*record);
+    if (chunks == 0) return false;
+    record->unfinished -= chunks;
+    record->given_up = true;
+    if (record->unfinished == 0) record->outcome.settle(ReadState::kCancelled);
+    return true;
+}
+
 bool Reader::promote(const std::shared_ptr<Record>& record) {
     refuse_fork();
     const Lock lock(mutex_);
-    if (closing_ || record->kind == ReadClass::kDemand || withdraw(*record) == 0) return false;
+    if (closing_) return false;
+    if (record->given_up) {
+        if (record->unfinished == 0 || record->failed) return false;
+        record->given_up = false;
+        for (const Record::Share& share : record->shares) record->unfinished += share.chunks.size() - share.begun;
+    } else if (record->kind == ReadClass::kDemand || withdraw(*record) == 0) {
+        return false;
+    }
     record->kind = ReadClass::kDemand;
     for (size_t i = 0; i < record->shares.size(); i++) {
         if (record->shares[i].begun < record->shares[i].chunks.size()) push(record, i);
@@ -239,18 +269,28 @@ void Reader::work(Disk& disk) {
             record.unfinished -= withdraw(record);
         }
         if (record.unfinished == 0) {
+            const bool takes_time = record.after != nullptr;
+            disk.ending += takes_time;
+            // Threads that are being joined start no others.
+            if (takes_time && !closing_) call_threads(disk);
             lock.unlock();
             end_record(record);
             taken.record.reset();
             lock.lock();
+            disk.ending -= takes_time;
         }
     }
 }
 
 // Without the mutex: nobody else touches the record by now.
 void Reader::end_record(Record& record) {
+    if (record.given_up && !record.failed) {
+        record.outcome.settle(ReadState::kCancelled);
+        return;
+    }
     if (!record.failed) record.failed = !unchanged(record.parts, &record.failure);
     if (!record.failed) {
+        if (record.after != nullptr) record.after();
         records_.fetch_add(1);
         bytes_read_.fetch_add(record.nbytes);
     }

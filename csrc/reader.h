@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -49,6 +50,9 @@ struct Saturation {
     double nbytes, seconds;
 };
 
+// What is to be done with a record once all of it is there, before it is settled. Does not throw.
+using AfterRead = std::function<void()>;
+
 // Reads records in chunks, in the order of their classes and within a class of their submission, so that of many the
 // first is there first. Each disk has its own lanes, a thread each; threads start as they are needed.
 //
@@ -60,12 +64,18 @@ class Reader {
 
     // Returns at once. Until the record is settled its files stay open and its memory belongs to the reader. Throws
     // ReaderError.
-    std::shared_ptr<Record> submit(std::vector<Part> parts, uint64_t record_bytes, ReadClass kind);
+    std::shared_ptr<Record> submit(std::vector<Part> parts, uint64_t record_bytes, ReadClass kind,
+                                   AfterRead after = {});
 
     // Settles a record of which nothing has been begun; false, and no change, for others.
     bool cancel(const std::shared_ptr<Record>& record);
 
-    // What is still to be begun of the record goes behind the demands; false where that is nothing, or is demanded.
+    // Begins no more of a record that nobody demands: once what has been begun has ended, it is settled as cancelled.
+    // False, and no change, where all of it has been begun.
+    bool give_up(const std::shared_ptr<Record>& record);
+
+    // What is still to be begun of the record, even if it was given up, goes behind the demands; false where that is
+    // nothing, or is demanded.
     bool promote(const std::shared_ptr<Record>& record);
 
     // For one disk, from now on. What is in flight beyond them ends.
@@ -92,7 +102,7 @@ class Reader {
     struct Disk {
         uint64_t device = 0;
         Lanes lanes;
-        int busy = 0, guessing = 0, idle = 0;
+        int busy = 0, guessing = 0, idle = 0, ending = 0;
         size_t demands = 0, guesses = 0;  // chunks in the queues
         std::array<std::deque<Queued>, kReadClasses> queues;
         std::condition_variable changed;
@@ -148,12 +158,16 @@ struct Record {
     std::vector<Part> parts;
     uint64_t nbytes = 0;
     std::vector<Share> shares;
+    AfterRead after;
     Outcome outcome;
+
+    // Of the chunks that have been begun. Only once the outcome is settled.
+    uint64_t nbytes_begun() const;
 
     // All below, and the number of chunks begun, are guarded by the reader's mutex until the outcome is settled.
     ReadClass kind = ReadClass::kDemand;
     size_t unfinished = 0;
-    bool begun = false, failed = false;
+    bool begun = false, failed = false, given_up = false;
     Failure failure{};
     std::chrono::steady_clock::time_point began;
     double seconds = 0;  // from the start of the first chunk to the end of the last

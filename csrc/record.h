@@ -69,7 +69,7 @@ enum class ReadState : uint32_t {
     kUnderWay,
     kWhole,      // every byte is there
     kFailed,     // not every byte is there
-    kCancelled,  // not begun
+    kCancelled,  // not begun, or given up
     kClosed,     // not begun, for the reader was closed
 };
 

@@ -120,7 +120,8 @@ def resize(model: nn.Module, host_memory: int | float | str | None = None) -> Re
     Args:
         model: loaded by moert, or patched with less host memory than its experts take.
         host_memory: as in `load`: "4GiB", bytes, or "25%" of the expert bytes. None: what `load` would take now by
-            default.
+            default, with room left for the KV cache of a text of `context` tokens, as the option of `load` or `patch`
+            said; what such a cache takes already is not known, and so counts twice.
 
     Returns:
         The slots and bytes before and after.
@@ -131,7 +132,12 @@ def resize(model: nn.Module, host_memory: int | float | str | None = None) -> Re
         MoertError: the experts are in the model's own parameters, or nothing is offloaded, or it is closed.
     """
     budget = None if host_memory is None else parse_budget(host_memory, "host_memory")
-    return _model.runtime_of(model).resize(budget)
+    runtime = _model.runtime_of(model)
+    if budget is not None:
+        return runtime.resize(budget)
+    from moert.hf.cache_needs import cache_bytes_beside
+
+    return runtime.resize(None, cache_bytes_beside(model))
 
 
 def stats(model: nn.Module, trace: Trace | None = None) -> Stats:

@@ -85,6 +85,8 @@ class Residency:
         self._expected: frozenset[ExpertId] = frozenset()
         self._promised: set[ExpertId] = set()
         self._leaving: set[ExpertId] = set()
+        self._given_up: set[ExpertId] = set()
+        """Those that leave because they will not arrive."""
 
     @property
     def policy(self) -> Policy:
@@ -119,6 +121,11 @@ class Residency:
         return [slot_of[expert] for expert in experts]
 
     @property
+    def n_free(self) -> int:
+        """Slots that nobody holds."""
+        return len(self._free)
+
+    @property
     def residents(self) -> tuple[ExpertId, ...]:
         """Every resident expert, ascending."""
         return tuple(sorted(self._slot_of.keys() - self._arriving))
@@ -128,13 +135,14 @@ class Residency:
         assert not self._event, f"the step over {sorted(self._event)} has not ended"
         self._event = frozenset(event)
         assert len(self._event) == len(event), f"an expert stands twice in the event {event}"
-        hits = tuple(expert for expert in event if expert in self)
-        misses = tuple(expert for expert in event if expert not in self)
-        arriving = tuple(expert for expert in misses if expert in self._arriving)
+        here = self._event & self._slot_of.keys()
+        coming = here & self._arriving
+        hits = tuple([expert for expert in event if expert in here and expert not in coming])
+        misses = tuple([expert for expert in event if expert not in here or expert in coming])
         self._locked.update(hits)
         self._expected = frozenset()
         self.policy.access(event)
-        return Split(hits, misses, arriving)
+        return Split(hits, misses, tuple(sorted(coming)))
 
     def begin_hits(self, event: Sequence[ExpertId]) -> bool:
         """`begin` if all of `event` (each expert once, ascending) is resident; else nothing has happened."""
@@ -175,6 +183,7 @@ class Residency:
         misses = sorted(self._event - kept)
         victims = turn_over(self.policy, kept, self._event, misses, self.capacity, self._arriving & kept)
         self._leaving.difference_update(misses)
+        self._given_up.difference_update(misses)
         self._promised.update(expert for expert in misses if expert not in self._slot_of)
         for victim in victims:
             if victim in self._event or victim in self._arriving:
@@ -249,6 +258,21 @@ class Residency:
         if expert in self._leaving:
             self._free_slot_of(expert)
 
+    def give_up(self, expert: ExpertId) -> None:
+        """An arriving expert will not arrive: its slot is as good as free, and is when it is abandoned. Idempotent."""
+        assert expert in self._arriving, f"{expert} is not arriving"
+        if expert not in self._leaving:
+            self.policy.evict(expert)
+            self._leaving.add(expert)
+            self._given_up.add(expert)
+
+    def take_up(self, expert: ExpertId) -> None:
+        """A given up expert will arrive after all. Idempotent."""
+        if expert in self._given_up:
+            self._given_up.remove(expert)
+            self._leaving.remove(expert)
+            self.policy.admit(expert)
+
     def abandon(self, expert: ExpertId) -> None:
         """`expert`'s record did not arrive whole: its slot is free again."""
         self._remove(expert)
@@ -310,7 +334,7 @@ class Residency:
         self._slot_of = kept
         self._locked, self._arriving = set(), set()
         self._event = self._expected = frozenset()
-        self._promised, self._leaving = set(), set()
+        self._promised, self._leaving, self._given_up = set(), set(), set()
         held = set(kept.values())
         self._free = [slot for slot in range(capacity - 1, -1, -1) if slot not in held]
         self.capacity = capacity
@@ -331,6 +355,7 @@ class Residency:
 
     def _free_slot_of(self, expert: ExpertId) -> None:
         self._leaving.discard(expert)
+        self._given_up.discard(expert)
         self._free.append(self._slot_of.pop(expert))
 
     def check_integrity(self) -> None:
@@ -342,6 +367,7 @@ class Residency:
         )
         assert self._locked <= self._slot_of.keys(), f"locked but absent: {self._locked - self._slot_of.keys()}"
         assert self._arriving <= self._locked, f"arriving but not locked: {self._arriving - self._locked}"
+        assert self._given_up <= self._leaving & self._arriving, f"given up and to arrive: {self._given_up}"
         unslotted = self._leaving - self._slot_of.keys() - self._promised
         assert not unslotted, f"leaving without having come: {unslotted}"
         assert not self._promised & self._slot_of.keys(), f"promised and admitted: {self._promised}"

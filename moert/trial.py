@@ -15,9 +15,6 @@ SETTLING = 8
 GAIN = 0.01
 """What it must gain to be kept."""
 
-CLEAR = 0.08
-"""A gain or loss of this size needs no second look."""
-
 REST = 2048
 LONGEST_REST = 16384
 """Tokens until it is tried again; twice as many each time that the answer has been the same."""
@@ -26,11 +23,10 @@ COST = 0.005
 """Of the time between two trials, what the worse way may take in the first of them: after a dear one rests are longer.
 Half of what is allowed, as trials are not all there is to lose."""
 
-ERRORS = 2
-"""A gain nearer to `GAIN` than so many of its standard errors leaves a doubt;"""
-
-MOST_ROUNDS = 2
-"""with one left after so many rounds of four blocks, it stays as it was."""
+ERRORS = (5, 3, 2.5)
+"""A gain nearer to `GAIN` than so many of its standard errors leaves a doubt after the first round of four blocks, the
+second and the third, as the first ones hardly tell how large those errors are; with one left after all of them, it
+stays as it was."""
 
 FEW = 8
 """So many tokens of a block are enough to end a trial"""
@@ -42,10 +38,10 @@ OUTRIGHT = 1.25
 class Trial:
     """Says for each token whether to do it, and learns from how long the tokens took.
 
-    Two blocks of tokens with it and two without, in the order that makes a steady drift cancel out; if the first two
-    leave no doubt, only those, and where times vary so much that four leave one, as many again. Then it is done or not
-    until the next trial. Medians are compared, so that a pause of the user, or of the machine, does not decide. No
-    clock, no thread.
+    Two blocks of tokens with it and two without, in the order that makes a steady drift cancel out, and where times
+    vary so much that those leave a doubt, as many again, up to three times. Then it is done or not until the next
+    trial. Medians are compared, so that a pause of the user, or of the machine, does not decide; and pairs of
+    neighbouring blocks, so that neither does a machine that is faster or slower for some blocks. No clock, no thread.
     """
 
     def __init__(self, *, is_on: bool = True) -> None:
@@ -59,6 +55,9 @@ class Trial:
         self._tokens = 0
         self._until = BLOCK
         self._times: dict[bool, list[float]] = {True: [], False: []}
+        self._block: list[float] = []
+        self._blocks: list[tuple[bool, float]] = []
+        """Of the trial: whether with it, and the median."""
         self._before: deque[float] = deque(maxlen=BLOCK)
         """Of the latest tokens outside of trials."""
         self._rest = REST
@@ -75,6 +74,7 @@ class Trial:
             self._before.append(seconds)
         elif self._tokens > SETTLING:
             self._times[self.is_on].append(seconds)
+            self._block.append(seconds)
             if self._is_outright():
                 self._decide(self._usual)
                 return
@@ -83,20 +83,18 @@ class Trial:
         self._tokens = 0
         if not self._turns:
             self._turns, self._rounds = [True, False, False, True], 1
-            self._times = {True: [], False: []}
+            self._times, self._blocks = {True: [], False: []}, []
         else:
             self._turns.pop(0)
-            if len(self._turns) in (0, 2):
+            self._blocks.append((self.is_on, statistics.median(self._block)))
+            if not self._turns:
                 gain, error = self._gain()
-                doubtful = abs(gain - GAIN) < ERRORS * error
-                if not self._turns and doubtful and self._rounds < MOST_ROUNDS:
-                    self._turns, self._rounds = [True, False, False, True], self._rounds + 1
-                elif not self._turns:
+                doubtful = abs(gain - GAIN) < ERRORS[self._rounds - 1] * error
+                if not doubtful or self._rounds == len(ERRORS):
                     self._decide(self._usual if doubtful else gain >= GAIN)
                     return
-                elif not doubtful and abs(gain) >= CLEAR:
-                    self._decide(gain >= GAIN)
-                    return
+                self._turns, self._rounds = [True, False, False, True], self._rounds + 1
+        self._block = []
         self.is_on, self._until = self._turns[0], BLOCK
 
     def _gain(self) -> tuple[float, float]:
@@ -105,7 +103,16 @@ class Trial:
         if not with_it or not without:
             return 0.0, 0.0
         ratio = without / with_it
-        return ratio - 1, ratio * math.hypot(error_with / with_it, error_without / without)
+        error = ratio * math.hypot(error_with / with_it, error_without / without)
+        return ratio - 1, max(error, self._error_of_pairs())
+
+    def _error_of_pairs(self) -> float:
+        """Standard error of the gain, by how it differs from one pair of neighbouring blocks to another."""
+        gains = []
+        for first, second in zip(self._blocks[::2], self._blocks[1::2], strict=True):
+            medians = dict((first, second))
+            gains.append(medians[False] / medians[True] if medians[True] else 0.0)
+        return statistics.stdev(gains) / math.sqrt(len(gains))
 
     def _is_outright(self) -> bool:
         """Whether the way that is not the usual one is so much slower that the rest of the trial can be left out."""
@@ -123,7 +130,7 @@ class Trial:
             cost = (len(worse) + SETTLING * math.ceil(len(worse) / BLOCK)) * (statistics.median(worse) / typical - 1)
         self._rest = min(2 * self._rest, LONGEST_REST) if keep == self._usual else REST
         self._usual = self.is_on = keep
-        self._turns = []
+        self._turns, self._block = [], []
         self._tokens = 0
         self._until = max(self._rest, int(min(cost / COST, 1e9)))
 

@@ -51,6 +51,8 @@ class Prediction(NamedTuple):
     """Of each expert: 0 if some token's first guess is this one, 1 if it is some token's second, and so on."""
     probabilities: list[float] | None = None
     """Of each expert, that the step needs it, where the predictor knows; it may be miscalibrated."""
+    chances: Floats | None = None
+    """[E] as `probabilities`, of all of the layer's experts; good until the predictor's next call."""
 
 
 class Router(NamedTuple):
@@ -217,8 +219,9 @@ class Predictor:
         order = order[np.lexsort((order, -scores[order]))]
         order = order[scores[order] > 0]
         experts: list[int] = order.tolist()
-        known: list[float] | None = scores[order].tolist() if self.gives_probabilities else None
-        return Prediction(layer, experts, list(range(len(experts))), known)
+        if not self.gives_probabilities:
+            return Prediction(layer, experts, list(range(len(experts))))
+        return Prediction(layer, experts, list(range(len(experts))), scores[order].tolist(), scores)
 
 
 def missing_needs(kind: type[Predictor], at_hand: Iterable[Need]) -> list[Need]:

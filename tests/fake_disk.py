@@ -27,8 +27,11 @@ class FakeRead:
         self._error = error
         self._over = False
         self.priority = priority
+        self.given_up = False
         self.started = False
+        self.all_begun = False
         self.read_s = 0.0
+        self.wasted = 0
 
     @property
     def ready(self) -> bool:
@@ -38,6 +41,8 @@ class FakeRead:
         assert not self._over
         self._disk.reads.remove(self)
         self._over = True
+        if self.given_up:
+            self._error = MoertError("given up")
         if self._error is None:
             self._write()
 
@@ -55,8 +60,19 @@ class FakeRead:
         self._over, self._error = True, MoertError("cancelled")
         return True
 
-    def promote(self) -> None:
-        self.priority = Priority.DEMAND
+    def give_up(self) -> bool:
+        if self.cancel():
+            return True
+        if self._over or self.all_begun:
+            return False
+        self.given_up = True
+        return True
+
+    def promote(self) -> bool:
+        if self._over or self.all_begun:
+            return False
+        self.priority, self.given_up = Priority.DEMAND, False
+        return True
 
 
 class FakeDisk:
@@ -65,9 +81,11 @@ class FakeDisk:
     def __init__(self) -> None:
         self.reads: list[FakeRead] = []
         self.failing: set[ExpertId] = set()
+        self.n_submitted = 0
 
     def submit(self, expert: ExpertId, priority: Priority, write: Callable[[], None]) -> FakeRead:
         error = TransferError(5, f"no luck with {expert}", "shard") if expert in self.failing else None
+        self.n_submitted += 1
         self.reads.append(FakeRead(self, write, priority, error))
         return self.reads[-1]
 
@@ -85,7 +103,7 @@ class FakeLayer(LayerCache):
         spec = LayerSpec(index, f"layers.{index}", num_experts, (TensorSpec("w", (1,), torch.float32),))
         super().__init__(spec, Residency(capacity, make_policy("lru", capacity)))
         self.slots = torch.full((num_experts,), torch.nan)
-        self._disk = disk
+        self.disk = disk
 
     def factor(self, expert: int) -> float:
         return 1.0 + expert + 100.0 * self.spec.index
@@ -109,7 +127,7 @@ class FakeLayer(LayerCache):
             assert self.residency.slot_of(identity) == slot, f"a read writes into slot {slot}, which is another's now"
             self.slots[slot] = self.factor(expert)
 
-        handle: Any = self._disk.submit(identity, priority, write)
+        handle: Any = self.disk.submit(identity, priority, write)
         return Fetch(handle, READ_BYTES)
 
     def resize(self, n_slots: int) -> Resize:

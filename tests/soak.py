@@ -1,7 +1,8 @@
 """One long run of everything at once; `test_soak.py` starts it as a process of its own and judges what it prints.
 
-A model with every expert resident computes what is right; beside it, models with random budgets, on a disk that fails
-now and then, generate, prefetch, change size and are interrupted, and each result is compared bit by bit.
+Of each checkpoint, a model with every expert resident computes what is right; beside it, models with random budgets, on
+a disk that fails now and then, generate, prefetch, change size and are interrupted, and each result is compared bit by
+bit.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import errno
 import faulthandler
 import gc
+import itertools
 import json
 import os
 import random
@@ -41,7 +43,8 @@ STUCK_TICKS = 90
 """An action that takes longer, in seconds, hangs: all threads' stacks are printed and the process ends."""
 BACKSTOP_S = 1500.0
 """The same for what does not let any other thread run."""
-VOCABULARY = 128
+TOKENS = (3, 90)
+"""None of those that stand for something else in any of the models."""
 
 
 class Watchdog:
@@ -176,7 +179,7 @@ class Round:
 
     def _prompt(self, rows: int, most: int) -> torch.Tensor:
         seed = torch.Generator().manual_seed(self._choose.randrange(1 << 30))
-        return torch.randint(1, VOCABULARY, (rows, self._choose.randint(1, most)), generator=seed)
+        return torch.randint(*TOKENS, (rows, self._choose.randint(1, most)), generator=seed)
 
     def _forward(self) -> None:
         ids = self._prompt(self._choose.randint(1, 3), 24)
@@ -287,21 +290,26 @@ def footprint() -> dict[str, int]:
     }
 
 
-def main(folder: str, seconds: float, seed: int) -> None:
+def main(root: str, seconds: float, seed: int) -> None:
     faulthandler.enable()
     choose, counts, alarm, watchdog = random.Random(seed), Counter[str](), Interrupts(), Watchdog()
     torch.manual_seed(seed)
+    folders = sorted(path for path in Path(root).iterdir() if path.is_dir())
     rights = {
-        dtype: moert.load(folder, dtype=dtype, host_memory="100%", shrink_on_pressure=False)
+        (folder, dtype): moert.load(folder, dtype=dtype, host_memory="100%", shrink_on_pressure=False)
+        for folder in folders
         for dtype in (torch.float32, torch.bfloat16)
     }
+    # In turn, so that what is made once for each of them is made soon.
+    turns = itertools.cycle(rights.items())
     samples = []
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        dtype = choose.choice(list(rights))
-        one = Round(folder, rights[dtype], dtype, choose, counts, alarm, watchdog)
+        (folder, dtype), right = next(turns)
+        counts[f"rounds of {folder.name}"] += 1
+        one = Round(str(folder), right, dtype, choose, counts, alarm, watchdog)
         try:
-            one.run(min(end, time.monotonic() + ROUND_S))
+            one.run(min(end, time.monotonic() + min(ROUND_S, seconds / (2 * len(rights)))))
         finally:
             watchdog.stroke()
             one.close()

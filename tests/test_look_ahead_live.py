@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from fake_disk import READ_BYTES, FakeDisk, FakeLayer
@@ -193,6 +194,24 @@ def test_as_much_is_read_as_is_worth_its_time(idle_s: float, n_read: int, rig: R
     queued = {expert.expert for expert in rig.pipeline._queues[Priority.PREFETCH]}
     assert len(rig.reading(1) | queued) == n_read
     assert rig.reading(1) <= {4, 5, 6, 7}
+
+
+@pytest.mark.parametrize(
+    ("residents", "read", "left"),
+    [([0.9, 0.8, 0.7, 0.6], set(), set()), ([0.9, 0.8, 0.7, 0.0], {4}, {3}), ([0.0, 0.9, 0.04, 0.3], {4}, {0})],
+)
+def test_nobody_leaves_who_is_likelier_to_be_needed(
+    residents: list[float], read: set[int], left: set[int], rig: Rig
+) -> None:
+    """Expert 0 is the one that LRU evicts, of those that are as unlikely."""
+    rig.learn(1.2)
+    for expert in range(4):
+        rig.step(1, [expert], idle_s=1.2)
+    chances = np.array([*residents, 0.5, 0, 0, 0], np.float32)
+    rig.told.next = [Prediction(1, [4], [0], [0.5], chances)]
+    rig.step(0, [0], idle_s=1.2)
+    assert rig.reading(1) == read
+    assert {expert.expert for expert in rig.layers[1].residency.residents} == {0, 1, 2, 3} - left
 
 
 def test_the_next_pass_is_looked_at_from_the_last_layer(rig: Rig) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from fake_disk import READ_BYTES, FakeDisk, FakeLayer
+from fake_disk import READ_BYTES, FakeDisk, FakeLayer, FakeRead
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -72,10 +72,12 @@ class PipelineMachine(RuleBasedStateMachine):
         if self.disk.reads:
             data.draw(st.sampled_from(self.disk.reads)).finish()
 
-    @rule(data=st.data())
-    def begin_reading(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), all_of_it=st.booleans())
+    def begin_reading(self, data: st.DataObject, all_of_it: bool) -> None:
         if self.disk.reads:
-            data.draw(st.sampled_from(self.disk.reads)).started = True
+            read = data.draw(st.sampled_from(self.disk.reads))
+            read.started = True
+            read.all_begun |= all_of_it and not read.given_up
 
     @rule()
     def collect(self) -> None:
@@ -189,6 +191,56 @@ def test_a_queued_prefetch_becomes_the_demand(disk: FakeDisk) -> None:
     assert pipeline.is_in_flight(ExpertId(0, 2))
     pipeline.drain()
     assert not disk.reads
+
+
+def begun(layer: FakeLayer, pipeline: Pipeline, expert: int) -> FakeRead:
+    """Its read, as a prefetch of which a part has been begun."""
+    pipeline.prefetch(ids(expert))
+    pipeline.pump()
+    read = layer.disk.reads[-1]
+    read.started = True
+    return read
+
+
+def test_what_is_withdrawn_is_read_no_further(disk: FakeDisk) -> None:
+    layer = FakeLayer(0, E, 2, disk)
+    pipeline = Pipeline([layer], 4)
+    read = begun(layer, pipeline, 3)
+    pipeline.withdraw(ids(3))
+    assert pipeline.bytes_ahead == 0
+    assert pipeline.is_in_flight(ExpertId(0, 3))
+    read.finish()
+    assert pipeline.collect() == []
+    assert layer.residency.n_free == 2
+    assert layer.stats.failed_prefetches == 0
+    whole = begun(layer, pipeline, 4)
+    whole.all_begun = True
+    pipeline.withdraw(ids(4))
+    whole.finish()
+    assert pipeline.collect() == ids(4), "nothing was left to give up"
+
+
+@pytest.mark.parametrize(("is_over", "n_reads"), [(False, 1), (True, 2)])
+def test_what_was_withdrawn_and_is_needed_is_read_whole(disk: FakeDisk, is_over: bool, n_reads: int) -> None:
+    layer = FakeLayer(0, E, 2, disk)
+    pipeline = Pipeline([layer], 4)
+    read = begun(layer, pipeline, 3)
+    pipeline.withdraw(ids(3))
+    if is_over:
+        read.finish()
+    assert step(layer, pipeline, [3]) == layer.factor(3)
+    assert disk.n_submitted == n_reads
+    assert (layer.stats.misses, layer.stats.forwarded, layer.stats.failed_prefetches) == (1, 1, 0)
+
+
+def test_an_event_takes_the_slots_of_what_is_withdrawn(disk: FakeDisk) -> None:
+    layer = FakeLayer(0, E, 3, disk)
+    pipeline = Pipeline([layer], 6)
+    step(layer, pipeline, [0, 1])
+    begun(layer, pipeline, 3)
+    pipeline.withdraw(ids(3))
+    assert step(layer, pipeline, [4]) == layer.factor(4)
+    assert layer.residency.residents == tuple(ids(0, 1, 4)), "somebody left for a slot that was as good as free"
 
 
 def test_experts_that_are_there_are_not_fetched_again(disk: FakeDisk) -> None:

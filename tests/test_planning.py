@@ -18,12 +18,14 @@ from moert.config import Budget
 from moert.errors import CapacityError, ConfigError
 from moert.hf.model import runtime_of
 from moert.hf.model_needs import read_needs
-from moert.plan import LayerNeed
+from moert.plan import LayerNeed, plan_slots
 from moert.planning.forecast import Placement, decode_speed, prefill_speed, typical_hits, uniform_hits
 from moert.planning.machine import Machine, load_machine, machine_names, read_machine
 from moert.planning.memory import WORKSPACE_BYTES, lay_out
 from moert.planning.model import CacheLayer, ModelNeeds
-from moert.runtime import building
+from moert.runtime import building, sizing
+from moert.runtime.host_tier import HostTier
+from moert.tiers.memory import MemoryLimit, MemoryReport
 
 GIB = 1 << 30
 each_machine = pytest.mark.parametrize("name", machine_names())
@@ -193,6 +195,40 @@ def test_loading_divides_memory_as_planned(
     moert.close(model)
     assert slots == planned.placement.host
     assert sum(slots) < sum(need.num_experts for need in needs.layers)
+
+
+@pytest.mark.parametrize("how", ["loaded", "loaded with a share", "patched", "wrapped"])
+@pytest.mark.parametrize("context", [None, 300])
+def test_resizing_by_default_divides_memory_as_loading(
+    context: int | None, how: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cli_support import checkpoint
+
+    folder = Path(checkpoint(tmp_path_factory.getbasetemp() / "cli", "olmoe"))
+    needs = read_needs(folder)
+    tokens = min(512, context or 4096)
+    room = needs.cache_bytes(tokens, 1) + int(0.6 * needs.expert_bytes)
+    whole = needs.dense_bytes + int((WORKSPACE_BYTES + room) / 0.8)
+    want = lay_out(needs, machine_of(host_memory_bytes=whole), context=tokens, batch=1).placement.host
+    if how == "patched":
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        moert.patch(model, context=context, host_memory="25%")
+        tier = runtime_of(model)._tier
+        assert tier is not None
+        # Its records are not those of the checkpoint.
+        free = int(0.8 * (whole - needs.dense_bytes)) - WORKSPACE_BYTES
+        want = tuple(plan_slots(tier.needs, Budget(nbytes=free - needs.cache_bytes(tokens, 1))))
+    else:
+        model = moert.load(folder, context=context, host_memory="25%" if how == "loaded with a share" else "100%")
+    held = moert.stats(model).slot_bytes
+    report = MemoryReport((MemoryLimit("a limit", whole, needs.dense_bytes + held, 0),))
+    monkeypatch.setattr(sizing, "memory_report", lambda: report)
+    # So small a machine is short of memory from the beginning; that is another test's.
+    monkeypatch.setattr(HostTier, "check_room", lambda *_: None)
+    resized = moert.resize(torch.nn.Sequential(model) if how == "wrapped" else model)
+    moert.close(model)
+    assert resized.slots == want
+    assert sum(resized.slots) < sum(need.num_experts for need in needs.layers)
 
 
 def test_decode_by_hand() -> None:

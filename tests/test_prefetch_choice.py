@@ -27,29 +27,37 @@ def expected_gain(order: tuple[Wanted, ...], idle_s: float) -> float:
         end = begin + one.read_s
         saved = max(0.0, min(end, idle_s) - begin)
         delay = max(0.0, end - max(begin, idle_s))
-        total += one.chance * saved - (1 - one.chance) * (delay + one.loss * one.read_s)
+        total += one.chance * saved - (1 - one.chance) * delay
         begin = end
     return total
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    chances=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 0.5)), max_size=5),
+    chances=st.lists(st.floats(0, 1), max_size=5),
+    leaving=st.lists(st.floats(0, 1), max_size=5).map(sorted),
     idle_s=st.floats(0, 4),
 )
 def test_no_other_choice_gains_more_where_experts_are_of_one_size(
-    chances: list[tuple[float, float]], idle_s: float
+    chances: list[float], leaving: list[float], idle_s: float
 ) -> None:
-    wanted = [Wanted(e(number), chance, 1.0, 0.0) for number, (chance, _) in enumerate(chances)]
+    wanted = [Wanted(e(number), chance, 1.0) for number, chance in enumerate(chances)]
     by_id = {one.expert: one for one in wanted}
-    chosen = tuple(by_id[expert] for expert in worth_reading(wanted, idle_s))
-    best = max(expected_gain(some, idle_s) for n in range(len(wanted) + 1) for some in permutations(wanted, n))
-    assert expected_gain(chosen, idle_s) == pytest.approx(best, abs=1e-9)
+
+    def gain(order: tuple[Wanted, ...]) -> float:
+        return expected_gain(order, idle_s) - sum(leaving[: len(order)])
+
+    chosen = tuple(by_id[expert] for expert in worth_reading(wanted, idle_s, leaving))
+    most = min(len(wanted), len(leaving))
+    best = max(gain(some) for n in range(most + 1) for some in permutations(wanted, n))
+    assert gain(chosen) == pytest.approx(best, abs=1e-9)
 
 
 def test_what_is_read_in_idle_time_costs_nothing_and_what_is_not_delays_others() -> None:
     assert worth_reading([Wanted(e(1), 0.01, 1.0)], 1.0) == [e(1)]
-    assert worth_reading([Wanted(e(1), 0.01, 1.0, loss=0.5)], 1.0) == []
+    assert worth_reading([Wanted(e(1), 0.01, 1.0)], 1.0, [0.5]) == []
+    assert worth_reading([Wanted(e(1), 0.01, 1.0)], 1.0, []) == [], "there is no room"
+    assert worth_reading([Wanted(e(1), 0.5, 1.0), Wanted(e(2), 0.4, 1.0)], 2.0, [0.0, 0.45]) == [e(1)]
     assert worth_reading([Wanted(e(1), 0.49, 1.0)], 0.5) == []
     assert worth_reading([Wanted(e(1), 0.51, 1.0)], 0.5) == [e(1)]
     assert worth_reading([Wanted(e(1), 1.0, 1.0)], 0.0) == []

@@ -84,12 +84,22 @@ class ResidencyMachine(RuleBasedStateMachine):
     def settle(self, arrives: bool, data: st.DataObject) -> None:
         expert = self.reading.pop(data.draw(st.integers(0, len(self.reading) - 1)))
         if arrives:
+            self.residency.take_up(expert)
             self.residency.arrive(expert)
             if self.stepping and expert in self.event:
                 self.ready.append(expert)
         else:
             self.residency.abandon(expert)
             self.in_slot = {slot: other for slot, other in self.in_slot.items() if other != expert}
+
+    @precondition(lambda self: self.reading)
+    @rule(stays=st.booleans(), data=st.data())
+    def give_or_take_up(self, stays: bool, data: st.DataObject) -> None:
+        expert = data.draw(st.sampled_from(self.reading))
+        if stays:
+            self.residency.take_up(expert)
+        else:
+            self.residency.give_up(expert)
 
     @precondition(lambda self: self.ready)
     @rule(data=st.data())

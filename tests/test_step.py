@@ -35,6 +35,7 @@ class FakeHandle:
         self._over = threading.Event()
         self._error = error
         self.read_s = delay_s
+        self.wasted = 0
         self.cancelled = False
         if delay_s:
             threading.Timer(delay_s, self._over.set).start()
@@ -56,8 +57,11 @@ class FakeHandle:
     def cancel(self) -> bool:
         return False
 
-    def promote(self) -> None:
-        pass
+    def give_up(self) -> bool:
+        return False
+
+    def promote(self) -> bool:
+        return False
 
 
 class FakeLayer(LayerCache):

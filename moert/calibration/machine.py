@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from moert.calibration.result import Calibration
 from moert.planning.machine import Machine
@@ -22,6 +22,12 @@ class CalibratedMachine(Machine):
         """`machine` with a calibration."""
         own = {field.name: getattr(machine, field.name) for field in fields(Machine)}
         return cls(**own, calibration=calibration, read_factor=read_factor)
+
+    def ends(self) -> tuple[Machine, Machine] | None:
+        if self.calibration is None:
+            return None
+        least, most = (replace(self, calibration=end) for end in self.calibration.ends())
+        return least, most
 
     def costs(self, expert_bytes: float, weight_bits: float = 16) -> Costs:
         found = self.calibration

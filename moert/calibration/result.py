@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -113,6 +113,29 @@ class Calibration:
             elif isinstance(value, Mapping):
                 found += [f"{field.name} of {n}" for n, one in value.items() if not one.is_steady]
         return tuple(found)
+
+    def ends(self) -> tuple[Calibration, Calibration]:
+        """What it would be if everything had always taken as little, or as much, as it did at times.
+
+        How much the CPU and the disk slow each other down stays as it is.
+        """
+
+        def all_at(pick: str) -> Calibration:
+            def one(value: Measured) -> Measured:
+                return Measured.exactly(getattr(value, pick))
+
+            found: dict[str, Any] = {}
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if isinstance(value, Measured):
+                    found[field.name] = one(value)
+                elif isinstance(value, Mapping):
+                    found[field.name] = {n: one(part) for n, part in value.items()}
+            found["expert_together"] = Measured.exactly(found["expert"][1].seconds * self.cpu_slowdown)
+            found["read_together"] = Measured.exactly(found["read"].seconds * self.read_slowdown)
+            return replace(self, **found)
+
+        return all_at("low"), all_at("high")
 
     @property
     def cpu_slowdown(self) -> float:

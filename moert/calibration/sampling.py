@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from moert.errors import ConfigError
 
 REPEATS = 7
-ROUNDS = 4
-"""So many times as many samples at most, while they disagree."""
+ROUNDS = 2
+"""So many times as many samples at most, while they disagree; all is measured again later in any case
+(`moert.calibration.repeating`)."""
 
 SPREAD = 0.2
 """Samples whose middle half lies within this share of their median agree."""

@@ -107,7 +107,7 @@ def rows(known: Known) -> list[tuple[str, str]]:
     """The same for people."""
     found = known.calibration
     if found is None:
-        return [("measured", known.problem or "not yet; --calibrate does it in some ten seconds")]
+        return [("measured", known.problem or "not yet; --calibrate does it in a minute or two")]
     tokens = [n for n in (1, 16, 128) if n in found.expert]
     steps = [n for n in (1, 256) if n in found.step]
     prompts = [n for n in found.rest if n > 1][-2:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from moert.cli.opening import reading
 from moert.cli.options import Json, Model, resolve_model
 from moert.cli.output import bar, facts, percent, print_json, rate, stdout
 from moert.cli.routing import read_routing
+from moert.cli.timing import WIDE
 from moert.config import Budget, format_bytes, parse_budget
 from moert.errors import CapacityError, ConfigError
 
@@ -160,10 +162,16 @@ def make_plan(
 
     how = {"context": context, "batch": batch}
     layout = lay_out(needs, machine, **how, host_memory=host_memory, device_memory=device_memory)
-    decode = decode_speed(needs, machine, layout.placement, **how, hits=hits)
-    worst = decode_speed(needs, machine, layout.placement, **how, hits=uniform_hits)
     prompt = min(context, 512) if prompt is None else prompt
-    prefill = prefill_speed(needs, machine, layout.placement, prompt=prompt, batch=batch, hits=hits, prompts=prompts)
+
+    def decoding(machine: Machine, hits: HitCurve = hits) -> Speed:
+        return decode_speed(needs, machine, layout.placement, **how, hits=hits)
+
+    def reading_prompts(machine: Machine) -> Speed:
+        return prefill_speed(needs, machine, layout.placement, prompt=prompt, batch=batch, hits=hits, prompts=prompts)
+
+    decode, worst, prefill = decoding(machine), decoding(machine, uniform_hits), reading_prompts(machine)
+    ends = machine.ends()
     document: dict[str, Any] = {
         "architecture": needs.name,
         "machine": machine.name,
@@ -179,9 +187,13 @@ def make_plan(
         "cache_known": needs.cache is not None,
         "cache_problem": needs.cache_problem or None,
         "smallest_expert_bytes": needs.least_bytes,
-        "decode": _speed(decode),
+        "decode": {**_speed(decode), "range_tokens_per_s": _range(decoding, ends)},
         "decode_without_locality": _speed(worst),
-        "prefill": {"prompt_tokens": prompt, **_speed(prefill)},
+        "prefill": {
+            "prompt_tokens": prompt,
+            **_speed(prefill),
+            "range_tokens_per_s": _range(reading_prompts, ends),
+        },
         "one_more_gib": {},
     }
     for tier in ("device", "host") if layout.device is not None else ("host",):
@@ -201,6 +213,18 @@ def _speed(speed: Speed) -> dict[str, Any]:
         "bottleneck": speed.bottleneck,
         "busy_s": speed.busy,
     }
+
+
+def _range(speed: Callable[[Machine], Speed], ends: tuple[Machine, Machine] | None) -> list[float] | None:
+    """The least and the most of what the machine has been seen to do; None: it was not measured."""
+    return None if ends is None else sorted(speed(end).tokens_per_s for end in ends)
+
+
+def _shown(speed: dict[str, Any]) -> str:
+    """A forecast, as a range where it is wide."""
+    text = rate(speed["tokens_per_s"])
+    least, most = speed["range_tokens_per_s"] or (1.0, 1.0)
+    return f"{text} ({least:.1f}–{most:.1f})" if most > WIDE * least else text
 
 
 def _one_more(
@@ -271,9 +295,9 @@ def _print(document: dict[str, Any], console: Console) -> None:
     console.print(
         facts(
             [
-                ("decode", f"{rate(decode['tokens_per_s'])}, {percent(decode['hit_rate'])} of experts found"),
+                ("decode", f"{_shown(decode)}, {percent(decode['hit_rate'])} of experts found"),
                 ("at worst", f"{rate(worst['tokens_per_s'])}, if routing prefers no expert"),
-                ("prefill", f"{rate(prefill['tokens_per_s'])} of a prompt of {prefill['prompt_tokens']}"),
+                ("prefill", f"{_shown(prefill)} of a prompt of {prefill['prompt_tokens']}"),
                 ("held up by", _PARTS[decode["bottleneck"]]),
                 ("1 GiB more", ", ".join(gains) or "brings nothing"),
                 ("smallest", f"{format_bytes(document['smallest_expert_bytes'])} for experts"),

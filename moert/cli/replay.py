@@ -70,8 +70,12 @@ def read_asked(
     predictor: str | None,
     expert_bytes: str | None,
     jobs: int,
+    is_timed: bool = False,
 ) -> Asked:
     """The options of the command line, checked.
+
+    Args:
+        is_timed: times are asked for too, which a predictor also matters for where no policy looks ahead.
 
     Raises:
         ConfigError: one of them is no such thing.
@@ -89,7 +93,7 @@ def read_asked(
         count=count,
         batch=batch,
         bypass=bypass,
-        predictor=None if predictor is None else _read_predictor(predictor, policies),
+        predictor=None if predictor is None else _read_predictor(predictor, policies, is_timed=is_timed),
         expert_bytes=None if expert_bytes is None else _read_bytes(expert_bytes, "--expert-bytes"),
         # A process takes a second to start and its own copy of the events: beyond one a core they only cost.
         jobs=min(jobs, os.cpu_count() or 1),
@@ -113,15 +117,19 @@ def _read_policies(text: str, bound: str) -> tuple[list[str], list[str]]:
     return policies, bounds
 
 
-def _read_predictor(text: str, policies: Sequence[str]) -> str:
+def _read_predictor(text: str, policies: Sequence[str], *, is_timed: bool) -> str:
     from moert.policies import make_policy
     from moert.predictors._choice import read_predictor
 
     kind, _ = read_predictor(text)
-    if not kind.gives_probabilities:
+    looks = any(make_policy(policy, 1, future=()).tokens_ahead for policy in policies)
+    if not kind.gives_probabilities and (looks or not is_timed):
         raise ConfigError(f"--predictor={text!r} gives no probabilities, so eviction cannot weigh them")
-    if not any(make_policy(policy, 1, future=()).tokens_ahead for policy in policies):
-        raise ConfigError(f"--predictor={text!r}: no policy of {', '.join(policies)} looks ahead; ema_ahead does")
+    if not looks and not is_timed:
+        raise ConfigError(
+            f"--predictor={text!r}: no policy of {', '.join(policies)} looks ahead; ema_ahead does, and --machine says "
+            "what reading ahead gains"
+        )
     return text
 
 

@@ -31,6 +31,7 @@ _COLUMNS = (
     "misses\na token",
     "fetched\na token",
     "LRU to\nbound",
+    "ms\nalone",
     "ms a\ntoken",
     "of the\nbound",
 )
@@ -76,7 +77,8 @@ def simulate(
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="What tells a policy that looks ahead, such as ema_ahead, of the tokens to come; `oracle` knows them.",
+            help="What tells a policy that looks ahead, such as ema_ahead, of the tokens to come, and with --machine "
+            "what is read ahead from the disk; `oracle` knows them.",
             show_default=False,
         ),
     ] = None,
@@ -163,7 +165,7 @@ def simulate(
     timed: dict[str, Any] = {"scheduler": scheduler, "promote": promote, "dense_bytes": dense_bytes, "tokens": tokens}
     command = _command(traces, {**how, "experts": experts, "machine": machine, **timed, "plot": plot, "html": html})
     with bar("starting"):
-        asked = read_asked(**how)
+        asked = read_asked(**how, is_timed=machine is not None)
         timing = read_timing(machine, **timed, asked=asked)
     with ExitStack() as stack:
         opened = [open_trace(stack, path, experts) for path in traces]
@@ -308,6 +310,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['misses_per_token']:.2f}",
         "–" if moved is None else format_bytes(moved / tokens),
         "–" if row["gap_closed"] is None or row["bound"] else percent(row["gap_closed"]),
+        f"{row['unpredicted_ms_per_token']:.1f}" if "unpredicted_ms_per_token" in row else "–",
         f"{row['ms_per_token']:.1f}" if "ms_per_token" in row else "–",
         percent(row["share_of_bound"]) if "share_of_bound" in row else "–",
     )

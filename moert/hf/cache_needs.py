@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from moert.hf.adapters import find_experts
 from moert.hf.experts import OffloadedExperts
+from moert.hf.model import Offloaded, is_marked, runtime_of
 from moert.planning.model import CacheLayer
 
 CONTEXT = 4096
@@ -35,6 +37,27 @@ def cache_bytes(model: PreTrainedModel, context: int | None, experts: Sequence[s
     wanted = CONTEXT if context is None else context
     tokens = wanted if longest is None else min(wanted, longest)
     return sum(layer.nbytes(tokens) for layer in layers)
+
+
+def cache_bytes_beside(model: nn.Module) -> int:
+    """The same for a model whose experts are offloaded, at the context that its options say; 0 where it is on a device.
+
+    Blocks while an empty model of its class is made, on the meta device.
+
+    Args:
+        model: or what wraps it.
+    """
+    own = next((module for module in model.modules() if is_marked(module)), None)
+    if not isinstance(own, PreTrainedModel) or runtime_of(own).device is not None:
+        return 0
+    kind: Any = next(cls for cls in type(own).__mro__[1:] if cls is not Offloaded)
+    try:
+        with torch.device("meta"):
+            empty = kind._from_config(copy.deepcopy(own.config), dtype=own.dtype)
+        experts = list(find_experts(empty))
+    except Exception:  # any model's own code runs here
+        return 0
+    return cache_bytes(empty, runtime_of(own).config.context, experts)
 
 
 def longest_context(model: PreTrainedModel) -> int | None:

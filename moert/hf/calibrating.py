@@ -14,6 +14,7 @@ import torch
 
 from moert.calibration.here import fingerprint
 from moert.calibration.measuring import measure
+from moert.calibration.repeating import MOST, repeated
 from moert.calibration.result import Calibration, Fingerprint, Shape
 from moert.calibration.subject import Ids, Subject
 from moert.config import OffloadConfig
@@ -47,7 +48,9 @@ def calibrate(
     *,
     dtype: str = "auto",
 ) -> Calibration:
-    """Load the model in `folder` with some of its experts, and time its parts. Blocks for some ten seconds.
+    """Load the model in `folder` with some of its experts, and time its parts, twice or three times
+    (`moert.calibration.repeating`). Blocks for half a minute, and for some minutes on a machine that is busy
+    or has a slow disk.
 
     Args:
         config: how it will be loaded; host_memory, preload and predictor are chosen here.
@@ -99,7 +102,16 @@ def _measure(
         generate=lambda prompt, new_tokens, ids: _generate_s(model, wanted, prompt, new_tokens, ids),
         forward_tokens=[n for n in FORWARD_TOKENS if n < longest],
     )
-    return measure(subject, here, shape, progress)
+    tell = progress or (lambda done, total: None)
+
+    def once(before: int) -> Calibration:
+        return measure(
+            subject, here, shape, lambda done, total: tell(before * total + min(done, total - 1), MOST * total)
+        )
+
+    found = repeated(once)
+    tell(1, 1)
+    return found
 
 
 def _generate_s(model: Any, layers: Collection[int], prompt: int, new_tokens: int, ids: Ids) -> tuple[float, float]:

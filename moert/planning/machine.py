@@ -65,6 +65,10 @@ class Machine:
         """Whether there is anything besides the CPU."""
         return self.device_memory_bytes > 0
 
+    def ends(self) -> tuple[Machine, Machine] | None:
+        """The machine as fast, and as slow, as it has been seen to be; None: nobody has looked more than once."""
+        return None
+
     def costs(self, expert_bytes: float, weight_bits: float = 16) -> Costs:
         """The times of experts of so many bytes; `weight_bits` of a weight say how many products they stand for."""
         flops = 2 * expert_bytes * 8 / weight_bits

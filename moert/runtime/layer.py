@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from moert.errors import MoertError
 from moert.formats import TensorSpec
 from moert.kernels.cpu_ffn import Expert
 from moert.kernels.moe_block import ExpertTable
 from moert.residency import Residency, Resize
 from moert.runtime.fused import FusedExperts
+from moert.runtime.moves import moves_of
 from moert.runtime.records import Record, RecordSource
 from moert.runtime.slot import Slot
 from moert.runtime.staging import StagingBuffer, StagingPool
 from moert.runtime.stats import LayerStats
 from moert.runtime.storage import Storage
 from moert.tiers.arena import SlotBank
-from moert.tiers.disk import DiskReader, Priority, Read, ReadHandle
+from moert.tiers.disk import DiskReader, Moving, Priority, Read, ReadHandle
 from moert.types import ExpertId
 
 Weights = Mapping[str, torch.Tensor]
@@ -79,6 +82,7 @@ class LayerCache(ABC):
         self.ids = tuple(ExpertId(spec.index, expert) for expert in range(spec.num_experts))
         self.stats = LayerStats(spec.name)
         self._table: ExpertTable | None = None
+        self._expert_bytes = spec.expert_bytes
 
     @abstractmethod
     def weights(self, expert: int) -> Weights:
@@ -147,6 +151,7 @@ class LayerCache(ABC):
         except Exception:
             if not fetch.handle.ready:
                 raise  # a signal's handler raised it, and the record may still be read into its slot
+            self.stats.bytes_read += fetch.handle.wasted
             fetch.finish()
             self.residency.abandon(expert)
             raise
@@ -156,6 +161,26 @@ class LayerCache(ABC):
         self.stats.read_s += fetch.handle.read_s
         self.count_residents()
 
+    def restart(self, expert: ExpertId, fetch: Fetch) -> Fetch:
+        """Read a started expert anew, into the slot that it has, as a demand; its record was given up.
+
+        Blocks for what had been begun of that.
+
+        Raises:
+            TransferError, MoertError: the read cannot even be queued; its slot is free again.
+        """
+        with contextlib.suppress(MoertError):
+            fetch.handle.wait()
+        self.stats.bytes_read += fetch.handle.wasted
+        fetch.finish()
+        slot = self.residency.slot_of(expert)
+        assert slot is not None, f"{expert} has not been started"
+        try:
+            return self._submit(expert.expert, slot, Priority.DEMAND)
+        except Exception:
+            self.residency.abandon(expert)
+            raise
+
     def recover(self, *, keep: bool) -> None:
         """Put the books in order after something that was cut short; see `Residency.recover`."""
         self.residency.recover(self.residency.capacity, keep=keep)
@@ -163,7 +188,7 @@ class LayerCache(ABC):
 
     def count_residents(self) -> None:
         """Bring `stats.resident_bytes` up to date."""
-        self.stats.resident_bytes = len(self.residency) * self.spec.expert_bytes
+        self.stats.resident_bytes = len(self.residency) * self._expert_bytes
 
 
 class ParameterLayer(LayerCache):
@@ -222,6 +247,9 @@ class SlotLayer(LayerCache):
         self._staging = staging
         self._poison = poison
         self._slots: list[Slot] = []
+        self._read_bytes: dict[int, int] = {}
+        self._moves: dict[int, object | None] = {}
+        """How the extension converts an expert's record; None: it cannot."""
         self._take_slots()
 
     def _slot_of(self, expert: int) -> Slot:
@@ -245,7 +273,10 @@ class SlotLayer(LayerCache):
         return self._staging is None or self._staging.can_acquire()
 
     def read_bytes(self, expert: int) -> int:
-        return self._source.record(self.spec.index, expert).read_bytes
+        known = self._read_bytes.get(expert)
+        if known is None:
+            known = self._read_bytes[expert] = self._source.record(self.spec.index, expert).read_bytes
+        return known
 
     def _submit(self, expert: int, slot: int, priority: Priority) -> Fetch:
         self._table = None
@@ -253,11 +284,11 @@ class SlotLayer(LayerCache):
         if self._poison:
             self._bank.poison(slot)
         self._slots[slot].lay_out(record.layout)
+        check = None if record.check is None or record.check.is_over else record.check
         if record.is_direct:
             reads = self._reads(record, self._bank.slot(slot))
-            check = record.check
             finish = None if check is None else lambda _: check(reads)
-            return Fetch(self._reader.submit_read(reads, priority, finish=finish), record.read_bytes)
+            return Fetch(self._reader.submit_read(reads, priority, finish=finish), self.read_bytes(expert))
         assert self._staging is not None
         staging = self._staging.acquire()
         target = self._slots[slot].bytes
@@ -268,12 +299,18 @@ class SlotLayer(LayerCache):
                 record.check(reads)
             record.fill(staging.tensor, target)
 
+        moving = None
+        if check is None:
+            if expert not in self._moves:
+                self._moves[expert] = moves_of(record)
+            moves = self._moves[expert]
+            moving = None if moves is None else Moving(moves, staging.memory, self._bank.slot(slot))
         try:
-            handle = self._reader.submit_read(reads, priority, finish=convert)
+            handle = self._reader.submit_read(reads, priority, finish=convert, moving=moving)
         except BaseException:
             staging.release()
             raise
-        return Fetch(handle, record.read_bytes, staging)
+        return Fetch(handle, self.read_bytes(expert), staging)
 
     def _reads(self, record: Record, buffer: memoryview) -> list[Read]:
         return [

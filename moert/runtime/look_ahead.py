@@ -8,7 +8,8 @@ from time import perf_counter
 
 import torch
 
-from moert.predictors.base import Ints, Prediction, Predictor
+from moert.predictors.base import Floats, Ints, Prediction, Predictor
+from moert.residency import Residency
 from moert.runtime.expectations import Expectations, keys_of
 from moert.runtime.layer import LayerCache
 from moert.runtime.link import IdleTimes
@@ -23,6 +24,10 @@ MOST_TOKENS = 32
 
 WORTH = 0.5
 """As long as the link's idle time is unknown, what is needed at least so often is read."""
+
+
+ALIKE = 0.05
+"""Chances that differ by less are as good as equal."""
 
 
 class _Look(IntEnum):
@@ -107,18 +112,21 @@ class LookAhead:
             experts.flags.writeable = weights.flags.writeable = False
             self._guard.observe(layer, experts, weights)
 
+    def tells(self, layer: int) -> bool:
+        """Whether the policy of `layer` goes by what is told, and somebody may have to leave."""
+        return self._ahead[layer] > 0 and self._guard.is_on and not self._is_complete(layer)
+
     def tell(self, layer: int, event: Sequence[ExpertId]) -> None:
         """A step of `layer` is about to begin that needs `event`: tell the policy what will be needed after it.
 
         Only if somebody may have to leave for it.
         """
-        tokens = self._ahead[layer]
-        if not tokens or not self._guard.is_on or self._is_complete(layer):
+        if not self.tells(layer):
             return
         residency = self._layers[layer].residency
         if all(expert in residency for expert in event):
             return
-        chances = self._guard.ahead(layer, tokens)
+        chances = self._guard.ahead(layer, self._ahead[layer])
         if chances:
             residency.policy.observe_ahead(layer, chances)
 
@@ -186,7 +194,7 @@ class LookAhead:
         return idle_s
 
     def _ask(self, look: _Look, prediction: Prediction, idle_s: float | None) -> None:
-        layer, experts, _, _ = prediction
+        layer, experts = prediction.layer, prediction.experts
         if not experts:
             return
         cache, pipeline = self._layers[layer], self._pipeline
@@ -200,13 +208,26 @@ class LookAhead:
         chances = self._expectations.expect(layer, look, told)
         pipeline.dequeue(told)
         under_way = {expert for expert in told if pipeline.is_in_flight(expert)}
-        chosen = self._choose({expert: chance for expert, chance in chances.items() if expert not in under_way}, idle_s)
-        residency.expect(expert for expert in within if expert not in told or expert in under_way or expert in chosen)
+        stays = None if prediction.chances is None else _chances_of_residents(residency, cache.ids, prediction.chances)
+        chosen = self._choose(
+            {expert: chance for expert, chance in chances.items() if expert not in under_way},
+            idle_s,
+            None if stays is None else [0.0] * residency.n_free + [chance for chance, _ in stays],
+        )
+        if stays is None:
+            kept = [expert for expert in within if expert not in told]
+        else:
+            # Who leaves is the policy's to say, among those that are hardly needed now.
+            most = max((chance for chance, _ in stays[: max(0, len(chosen) - residency.n_free)]), default=0.0)
+            kept = [expert for chance, expert in stays if chance > most + ALIKE]
+        residency.expect([*kept, *under_way, *chosen])
         passes = self._passes + (look is _Look.NEXT_PASS)
         pipeline.prefetch(chosen, due=passes * len(self._layers) + layer)
 
-    def _choose(self, chances: dict[ExpertId, float], idle_s: float | None) -> list[ExpertId]:
-        """Those to read, in order."""
+    def _choose(
+        self, chances: dict[ExpertId, float], idle_s: float | None, losses: Sequence[float] | None
+    ) -> list[ExpertId]:
+        """Those to read, in order. `losses` are chances that those who leave for them are needed; None: unknown."""
         link = self._pipeline.link
         busy_s = link.read_s(self._pipeline.bytes_ahead)
         if idle_s is None or busy_s is None:
@@ -216,4 +237,12 @@ class LookAhead:
             read_s = link.read_s(self._layers[expert.layer].read_bytes(expert.expert))
             assert read_s is not None
             wanted.append(Wanted(expert, chance, read_s))
-        return worth_reading(wanted, idle_s - busy_s)
+        return worth_reading(wanted, idle_s - busy_s, losses)
+
+
+def _chances_of_residents(
+    residency: Residency, ids: Sequence[ExpertId], chances: Floats
+) -> list[tuple[float, ExpertId]]:
+    """Those who may leave with the chances that they are needed, ascending."""
+    known = chances.tolist()
+    return sorted((known[expert.expert], expert) for expert in ids if expert in residency)

@@ -106,9 +106,8 @@ def run_one_token(
         return None
     event = [layer.ids[ids[place]] for place in places]
     if not residency.begin_hits(event):
-        if look_ahead is not None:
-            look_ahead.observe(spec.index, top_k_index, top_k_weights)
-        return run_misses(layer, spec.fused, hidden, event, places, weights, pipeline, look_ahead)
+        picks = (top_k_index, top_k_weights)
+        return run_misses(layer, spec.fused, hidden, event, places, weights, picks, pipeline, look_ahead)
     try:
         layer.stats.hits += len(event)
         if look_ahead is not None:

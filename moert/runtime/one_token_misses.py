@@ -23,6 +23,7 @@ def run_misses(
     event: list[ExpertId],
     places: list[int],
     weights: torch.Tensor,
+    picks: tuple[torch.Tensor, torch.Tensor],
     pipeline: Pipeline,
     look_ahead: LookAhead | None,
 ) -> torch.Tensor:
@@ -33,6 +34,7 @@ def run_misses(
         event: the token's experts, ascending, each once.
         places: of each, where its weight is in `weights`.
         weights: [1, K], fp32, contiguous, none of them 0.
+        picks: what the router gave, ids and weights, both [1, K].
 
     Returns:
         [1, D] in the dtype of `hidden`; new memory.
@@ -42,7 +44,7 @@ def run_misses(
     """
     step = _Step(layer, fused, hidden, event, pipeline)
     try:
-        step.run(look_ahead)
+        step.run(picks, look_ahead)
     except MoertError:
         step.close()
         raise
@@ -73,22 +75,28 @@ class _Step:
         """[K, D] of each expert of the event, not weighted."""
         self._awaited: set[ExpertId] = set()
 
-    def run(self, look_ahead: LookAhead | None) -> None:
+    def run(self, picks: tuple[torch.Tensor, torch.Tensor], look_ahead: LookAhead | None) -> None:
         layer, pipeline, stats = self._layer, self._pipeline, self._layer.stats
         index = layer.spec.index
-        if look_ahead is not None:
+        tells = look_ahead is not None and look_ahead.tells(index)
+        if look_ahead is not None and tells:
+            look_ahead.observe(index, *picks)
             look_ahead.tell(index, self._event)
+        if look_ahead is not None:
+            # Before it is decided who leaves: what is given up makes room.
+            look_ahead.begin(index, self._event)
         hits, misses, arriving = layer.residency.begin(self._event)
         stats.hits += len(hits)
         stats.misses += len(misses)
         stats.forwarded += len(arriving)
         self._awaited.update(misses)
         layer.residency.promise()
-        if look_ahead is not None:
-            look_ahead.begin(index, self._event)
         pipeline.demand(misses)
         pipeline.pump()
         if look_ahead is not None:
+            if not tells:
+                # What only later steps go by is learned while this one waits.
+                look_ahead.observe(index, *picks)
             look_ahead.step(index, self._hidden)
         ready: Sequence[ExpertId] = hits
         while True:

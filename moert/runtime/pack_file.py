@@ -116,11 +116,12 @@ class _FirstRead:
     """Checks a record when it is read for the first time, and never again: that would cost more than the read."""
 
     def __init__(self, checksum: str, where: str) -> None:
-        self._checksum: str | None = checksum
+        self.is_over = False
+        self._checksum = checksum
         self._where = where
 
     def __call__(self, reads: Sequence[Read]) -> None:
-        if self._checksum is None:
+        if self.is_over:
             return
         if _checksum_of(reads) != self._checksum:
             for read in reads:
@@ -131,7 +132,7 @@ class _FirstRead:
                     f"{self._where} has the checksum {found}, not {self._checksum}, read twice: the file is damaged; "
                     "copy it again, or pack the model again"
                 )
-        self._checksum = None
+        self.is_over = True
 
 
 def _checksum_of(reads: Sequence[Read]) -> str:

@@ -23,6 +23,13 @@ from moert.types import ExpertId
 class _Transfer(NamedTuple):
     priority: Priority
     fetch: Fetch
+    given_up: bool = False
+    """Its record will not be whole, and is over soon."""
+
+    @property
+    def urgency(self) -> int:
+        """Which to wait for before others, the lowest first."""
+        return 0 if self.priority is Priority.DEMAND else 2 - self.given_up
 
 
 class Pipeline:
@@ -72,7 +79,7 @@ class Pipeline:
         return queued + sum(
             transfer.fetch.read_bytes
             for transfer in self._in_flight.values()
-            if transfer.priority is not Priority.DEMAND
+            if transfer.priority is not Priority.DEMAND and not transfer.given_up
         )
 
     def is_in_flight(self, expert: ExpertId) -> bool:
@@ -103,8 +110,11 @@ class Pipeline:
         transfer = self._in_flight.get(expert)
         if transfer is not None:
             if priority < transfer.priority:
-                transfer.fetch.handle.promote()
-                self._in_flight[expert] = transfer._replace(priority=priority)
+                if not transfer.fetch.handle.promote() and transfer.given_up:
+                    transfer = transfer._replace(fetch=self._again(expert, transfer))
+                if transfer.given_up:
+                    self._layers[expert.layer].residency.take_up(expert)
+                self._in_flight[expert] = transfer._replace(priority=priority, given_up=False)
             return
         for queued, queue in self._queues.items():
             if expert in queue:
@@ -112,6 +122,14 @@ class Pipeline:
                     return
                 del queue[expert]
         self._queues[priority][expert] = due
+
+    def _again(self, expert: ExpertId, transfer: _Transfer) -> Fetch:
+        """The whole record for one that was given up and is over, or as good as that."""
+        try:
+            return self._layers[expert.layer].restart(expert, transfer.fetch)
+        except MoertError:
+            self._forget(expert)
+            raise
 
     def pump(self) -> None:
         """Start what may be started now, class by class, in the order asked for. Returns at once.
@@ -148,13 +166,13 @@ class Pipeline:
             CorruptFileError, TransferError: an expert that was demanded could not be read. One that was not is only
                 dropped: whoever needs it will ask for it.
         """
-        return self._settle([expert for expert, (_, fetch) in self._in_flight.items() if fetch.handle.ready])
+        return self._settle([expert for expert, one in self._in_flight.items() if one.fetch.handle.ready])
 
     def wait(self) -> list[ExpertId]:
         """Block until a transfer in flight is over, if possible the oldest demand, and `collect`."""
         assert self._in_flight, "nothing is in flight"
-        demands = (expert for expert, transfer in self._in_flight.items() if transfer.priority is Priority.DEMAND)
-        first = next(demands, None) or next(iter(self._in_flight))
+        # One that was given up ends soonest, and may be all that a demand still waits for: its slot.
+        first = min(self._in_flight, key=lambda expert: self._in_flight[expert].urgency)
         return [*self._settle([first]), *self.collect()]
 
     def _settle(self, experts: list[ExpertId]) -> list[ExpertId]:
@@ -170,7 +188,7 @@ class Pipeline:
                 if transfer.priority is Priority.DEMAND:
                     self.link.forget()
                     raise
-                layer.stats.failed_prefetches += 1
+                layer.stats.failed_prefetches += not transfer.given_up
                 continue
             self._forget(expert)
             arrived.append(expert)
@@ -188,15 +206,18 @@ class Pipeline:
         self.bytes_in_flight -= self._in_flight.pop(expert).fetch.read_bytes
 
     def withdraw(self, experts: Iterable[ExpertId]) -> None:
-        """Nobody waits for these experts any more: what has not started is cancelled, the rest goes on for later."""
+        """Nobody waits for these experts any more: nothing more is read of them, unless all has been begun."""
         for expert in experts:
             for queue in self._queues.values():
                 queue.pop(expert, None)
             transfer = self._in_flight.get(expert)
             if transfer is None:
                 continue
-            self._in_flight[expert] = transfer._replace(priority=Priority.PREFETCH)
-            if transfer.fetch.handle.cancel():
+            given_up = transfer.given_up or transfer.fetch.handle.give_up()
+            self._in_flight[expert] = _Transfer(Priority.PREFETCH, transfer.fetch, given_up)
+            if given_up and not transfer.given_up:
+                self._layers[expert.layer].residency.give_up(expert)
+            if given_up and transfer.fetch.handle.ready:
                 with contextlib.suppress(MoertError):
                     self._layers[expert.layer].arrive(expert, transfer.fetch)
                 self._forget(expert)

@@ -69,10 +69,14 @@ class PredictorGuard:
         self._hangs = 0
         self._pass = _Pass()
         self._passes: list[_Pass] = []
+        self._latest: Floats | None = None
+        """Scores that have been looked at."""
         scores = predictor.scores
 
         def checked_scores(layer: int, tokens: int = 0) -> Floats | None:
-            return self._watched(f"scores of layer {layer}", lambda: self._check_scores(layer, scores(layer, tokens)))
+            found = self._watched(f"scores of layer {layer}", lambda: self._check_scores(layer, scores(layer, tokens)))
+            self._latest = found
+            return found
 
         predictor.scores = checked_scores  # type: ignore[method-assign]
 
@@ -162,7 +166,7 @@ class PredictorGuard:
     def _checked(self, prediction: Prediction) -> Prediction:
         if not isinstance(prediction, Prediction):
             raise _Fault(f"returned {_short(prediction)}, which is no prediction")
-        layer, experts, ranks, probabilities = prediction
+        layer, experts, ranks, probabilities, chances = prediction
         if not _is_id(layer, len(self._sizes)):
             raise _Fault(f"predicts layer {_short(layer)}, of {len(self._sizes)} layers")
         size = self._sizes[layer]
@@ -183,6 +187,11 @@ class PredictorGuard:
         for chance in probabilities or ():
             if not _is_probability(chance):
                 raise _Fault(f"names a probability of {_short(chance)} in layer {layer}")
+        if chances is not None and chances is not self._latest:
+            try:
+                self._check_scores(layer, chances)
+            except _Fault as fault:
+                raise _Fault(f"names chances of layer {layer} that {fault}") from None
         return prediction
 
     def _check_scores(self, layer: int, scores: Floats | None) -> Floats | None:

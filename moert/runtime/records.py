@@ -78,9 +78,17 @@ def merge_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
     return tuple(merged)
 
 
-Check = Callable[[Sequence[Read]], None]
-"""Looks at a record's buffers once its reads are done, on the thread that did them; it may do them again, and raises
-where the bytes are not the right ones."""
+class Check(Protocol):
+    """Looks at a record's bytes before they are used."""
+
+    is_over: bool
+    """There is nothing to look at any more."""
+
+    def __call__(self, reads: Sequence[Read]) -> None:
+        """Look at the buffers once the reads are done, on the thread that did them.
+
+        It may do them again, and raises where the bytes are not the right ones.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +126,8 @@ class Record:
         """The bytes a slot needs for this record, a multiple of 4 KiB."""
         return self.buffer_bytes if self.is_direct else -(-self.layout.nbytes // BLOCK_BYTES) * BLOCK_BYTES
 
-    def _place(self, span: Span) -> int:
+    def place(self, span: Span) -> int:
+        """Where the first byte of `span` is in the buffer that the record is read into."""
         for read, position in zip(self.reads, self.positions, strict=True):
             if read.file == span.file and read.offset <= span.offset and span.end <= read.end:
                 return position + read.offset % BLOCK_BYTES + span.offset - read.offset
@@ -129,7 +138,7 @@ class Record:
         assert self.sources is not None
         views = self.layout.views(slot)
         for spec, source in zip(self.layout.specs, self.sources, strict=True):
-            tensors = [_tensor_at(staging, self._place(piece.span), piece) for piece in source.pieces]
+            tensors = [_tensor_at(staging, self.place(piece.span), piece) for piece in source.pieces]
             views[spec.name].copy_(source.tensor(tensors))
 
 
@@ -150,7 +159,7 @@ def make_record(specs: Sequence[TensorSpec], sources: Sequence[Source]) -> Recor
     staged = Record(reads, tuple(positions), end, RecordLayout.packed(specs), tuple(sources))
     offsets = []
     for spec, source in zip(specs, sources, strict=True):
-        begin = staged._place(source.pieces[0].span)
+        begin = staged.place(source.pieces[0].span)
         adjacent = all(
             a.span.file == b.span.file and a.span.end == b.span.offset for a, b in itertools.pairwise(source.pieces)
         )

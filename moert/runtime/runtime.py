@@ -28,7 +28,7 @@ from moert.runtime.records import RecordSource
 from moert.runtime.sizing import HostSizing
 from moert.runtime.staging import StagingPool
 from moert.runtime.stats import LayerStats, Stats
-from moert.runtime.step import run_step
+from moert.runtime.step import SHOWN_TOKENS, run_step
 from moert.runtime.uses import UsedAlone, whole
 from moert.tiers.depth import START_DEPTH
 from moert.tiers.disk import DiskReader, Priority
@@ -222,7 +222,7 @@ class OffloadRuntime(UsedAlone):
             MoertError: the runtime has been closed.
         """
         if self.look_ahead is not None:
-            self.look_ahead.enter(layer, residual)
+            self.look_ahead.enter(layer, residual[-SHOWN_TOKENS:])
             self.pipeline.pump()
 
     @whole
@@ -319,14 +319,14 @@ class OffloadRuntime(UsedAlone):
         self._pace.reset()
 
     @whole
-    def resize(self, budget: Budget | None) -> Resized:
-        """Give the host tier another size, between two steps; see `moert.resize`."""
+    def resize(self, budget: Budget | None, reserved_bytes: int = 0) -> Resized:
+        """Give the host tier another size, between two steps; see `moert.resize` and `HostSizing.resize`."""
         if self._sizing is None:
             raise MoertError(
                 "this model's experts are all in its own parameters, where moert.patch left them, so there are no "
                 "slots to resize; unpatch it and patch it with a smaller host_memory"
             )
-        return self._sizing.resize(budget)
+        return self._sizing.resize(budget, reserved_bytes)
 
     def _recover(self) -> None:
         """Go on after an interrupt that came nobody knows where: what is surely whole stays resident.

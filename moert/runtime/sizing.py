@@ -32,15 +32,16 @@ class HostSizing:
         self.shrinks = 0
         """How often memory has run short."""
 
-    def resize(self, budget: Budget | None) -> Resized:
-        """See `moert.resize`.
+    def resize(self, budget: Budget | None, reserved_bytes: int = 0) -> Resized:
+        """See `moert.resize`; without a budget, `reserved_bytes` of memory are left free.
 
         Raises:
             CapacityError: the machine has not so much, or a token needs more.
         """
         tier = self._tier
         report = memory_report()
-        slots = plan_slots(tier.needs, budget or default_budget(tier.needs, report.available_bytes + tier.slots_bytes))
+        available = report.available_bytes + tier.slots_bytes
+        slots = plan_slots(tier.needs, budget or default_budget(tier.needs, available, reserved_bytes))
         if self._watch is not None:
             tier.check_room(slots, report)
         return self._resize(slots)

@@ -27,6 +27,9 @@ BATCH_PICKS = 512
 HELD_OUTPUT_BYTES = 64 << 20
 """Outputs of experts that ran before their turn may take this much memory before a step waits for the turn."""
 
+SHOWN_TOKENS = 256
+"""The last so many of a long step are shown to predictors: enough to learn from, and the step hardly waits for it."""
+
 
 def run_step(
     layer: LayerCache,
@@ -121,8 +124,11 @@ class _Step:
 
     def run(self) -> None:
         stats = self._layer.stats
-        if self._look_ahead is not None:
-            self._look_ahead.tell(self._layer.spec.index, self._ids)
+        ahead = self._look_ahead
+        if ahead is not None:
+            ahead.tell(self._layer.spec.index, self._ids)
+            # Before it is decided who leaves: what is given up makes room.
+            ahead.begin(self._layer.spec.index, self._ids, len(self._hidden))
         hits, misses, arriving = self._layer.residency.begin(self._ids)
         stats.hits += len(hits)
         stats.misses += len(misses)
@@ -132,13 +138,10 @@ class _Step:
         turn_of = {expert: turn for turn, expert in enumerate(self._ids)}
         self._ready.update(turn_of[expert] for expert in hits)
         self._awaited = {expert: turn_of[expert] for expert in misses}
-        ahead = self._look_ahead
-        if ahead is not None:
-            ahead.begin(self._layer.spec.index, self._ids, len(self._hidden))
         self._pipeline.demand(misses)
         if ahead is not None:
             self._pipeline.pump()
-            ahead.step(self._layer.spec.index, self._hidden)
+            ahead.step(self._layer.spec.index, self._hidden[-SHOWN_TOKENS:])
         while self._next < len(self._groups):
             if self._pipeline.busy:
                 self._take(self._pipeline.collect())

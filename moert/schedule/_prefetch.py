@@ -19,29 +19,35 @@ class Wanted(NamedTuple):
     """That it is."""
     read_s: float
     """The link is busy with it for so long."""
-    loss: float = 0.0
-    """The chance that, if it is not, what leaves for it is needed instead."""
 
-    def gain_s(self, idle_s: float) -> float:
+    def gain_s(self, idle_s: float, loss: float = 0.0) -> float:
         """Seconds that are expected to be gained by starting it now, with so much idle time left.
 
         If it is needed, what was read of it in idle time need not be waited for; the rest would be read then anyway. If
-        not, what is left of the read when others are needed delays those.
+        not, what is left of the read when others are needed delays those. `loss` is the chance that what leaves for it
+        is needed, and has to be read in its turn.
         """
         inside_s = min(max(idle_s, 0.0), self.read_s)
-        return self.chance * inside_s - (1 - self.chance) * (self.read_s - inside_s + self.loss * self.read_s)
+        return self.chance * inside_s - (1 - self.chance) * (self.read_s - inside_s) - loss * self.read_s
 
 
-def worth_reading(wanted: Sequence[Wanted], idle_s: float) -> list[ExpertId]:
+def worth_reading(wanted: Sequence[Wanted], idle_s: float, losses: Sequence[float] | None = None) -> list[ExpertId]:
     """Those to read over a link that will be idle for `idle_s`, in this order.
 
     One after the other takes the time that is left, the one with most expected gain a second first, while there is a
     gain. For experts of one size that is the best choice there is.
+
+    Args:
+        losses: the chances, ascending, that what leaves for the first of them is needed, for the second, and so on;
+            there is no room for more. None: nothing is lost.
     """
-    left, chosen = list(wanted), []
-    while left:
-        best = max(left, key=lambda one: one.gain_s(idle_s) / one.read_s)
-        if best.gain_s(idle_s) <= 0:
+    left = list(wanted)
+    chosen: list[ExpertId] = []
+    while left and (losses is None or len(chosen) < len(losses)):
+        loss = 0.0 if losses is None else losses[len(chosen)]
+        gains = [one.gain_s(idle_s, loss) for one in left]
+        gain_s, best = max(zip(gains, left, strict=True), key=lambda of: of[0] / of[1].read_s)
+        if gain_s <= 0:
             break
         left.remove(best)
         chosen.append(best.expert)

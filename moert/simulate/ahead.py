@@ -77,7 +77,7 @@ def _of_sequence(predictor: Predictor, sequence: Sequence, tokens: int) -> Itera
     is_prompt = sequence.phases[order] == Phase.PREFILL
     predictor.begin_sequence()
     if Need.FUTURE in predictor.needs:
-        experts, ids, weights = _by_pass(experts, begins), None, None
+        experts, ids, weights = by_pass(experts, begins), None, None
         predictor.foresee(experts)
         begins, ends = np.arange(len(experts)), np.arange(1, len(experts) + 1)
     asks = type(predictor).step is not Predictor.step
@@ -95,7 +95,7 @@ def _of_sequence(predictor: Predictor, sequence: Sequence, tokens: int) -> Itera
             yield chances_ahead(predictor, layer, tokens)
 
 
-def _by_pass(experts: Ints, begins: Ints) -> Ints:
+def by_pass(experts: Ints, begins: Ints) -> Ints:
     """[T, L, K] picks of tokens -> [P, L, W] the different experts of each pass, filled up with `NO_EXPERT`."""
     if len(begins) == len(experts):
         return experts

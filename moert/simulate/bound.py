@@ -2,8 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from moert.errors import ConfigError
 from moert.schedule import Costs
+from moert.simulate.run import EventSource, Setup, fewest_misses
+
+
+def bounds(
+    source: EventSource,
+    capacity: int | str,
+    costs: Sequence[Costs],
+    other_s: float,
+    accesses: int,
+    misses: int,
+    *,
+    expert_bytes: int | Sequence[int] | None = None,
+) -> tuple[float, float]:
+    """(what no policy can beat on a trace, what none can that has so many misses), both by `least_seconds`.
+
+    Args:
+        costs: of each layer; the least of each kind are taken.
+    """
+    fewest = fewest_misses(source, capacity, Setup(bypass=True), expert_bytes=expert_bytes) or 0
+    least = Costs(
+        min((one.cpu for one in costs), key=lambda curve: curve(1)),
+        None if costs[0].device is None else min((one.device for one in costs if one.device), key=lambda c: c(1)),
+        move_s=min(one.move_s for one in costs),
+        read_s=min(one.read_s for one in costs),
+    )
+    return (
+        least_seconds(accesses=accesses, misses=fewest, other_s=other_s, costs=least),
+        least_seconds(accesses=accesses, misses=misses, other_s=other_s, costs=least),
+    )
 
 
 def least_seconds(*, accesses: int, misses: int, other_s: float, costs: Costs) -> float:

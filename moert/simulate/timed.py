@@ -11,10 +11,10 @@ from moert.policies import Policy, make_policy
 from moert.predictors._ahead import Chances
 from moert.schedule import Costs, Item, Place, Promotion, Schedule, Scheduler, make_scheduler, makespan
 from moert.simulate.ahead import Worths, look_ahead
-from moert.simulate.bound import least_seconds
+from moert.simulate.bound import bounds
 from moert.simulate.capacity import expert_sizes, parse_capacity, plan_caches
 from moert.simulate.events import Count, Reading, TraceSource, open_trace
-from moert.simulate.run import EventSource, Setup, fewest_misses, scores_matter
+from moert.simulate.run import EventSource, scores_matter
 from moert.simulate.steps import Event, read_steps
 from moert.trace.sequence import TraceHeader
 from moert.turnover import turn_over
@@ -46,6 +46,12 @@ class Timed:
     """The same with this replay's own misses: what is above it is lost to scheduling, what is below to the policy."""
     event_hits: tuple[int, ...]
     """Of each event, in order."""
+    forwarded: int = 0
+    """Misses whose read had been asked for before their event."""
+    read_ahead: int = 0
+    """Records that were asked for before anybody needed them."""
+    predict_s: float = 0.0
+    """Of the seconds, what predicting took."""
 
     @property
     def hit_rate(self) -> float:
@@ -140,15 +146,15 @@ def simulate_time(
     if not replay.accesses:
         raise ConfigError(f"nothing counts in {source.name}, so there is nothing to time")
     tokens = sum(chunk.tokens for chunk in source)
-    misses = fewest_misses(source, capacity, Setup(bypass=True), expert_bytes=expert_bytes) or 0
-    least = Costs(
-        min((one.cpu for one in by_layer), key=lambda curve: curve(1)),
-        None if by_layer[0].device is None else min((one.device for one in by_layer if one.device), key=lambda c: c(1)),
-        move_s=min(one.move_s for one in by_layer),
-        read_s=min(one.read_s for one in by_layer),
+    bound_s, own_bound_s = bounds(
+        source,
+        capacity,
+        by_layer,
+        layer_s * replay.counted,
+        replay.accesses,
+        replay.accesses - replay.hits,
+        expert_bytes=expert_bytes,
     )
-    other_s = layer_s * replay.counted
-    own = replay.accesses - replay.hits
     return Timed(
         scheduler=scheduler,
         policy=policy,
@@ -161,8 +167,8 @@ def simulate_time(
         on_cpu=replay.on_cpu,
         promoted=replay.promoted,
         link_s=replay.link_s,
-        bound_s=least_seconds(accesses=replay.accesses, misses=misses, other_s=other_s, costs=least),
-        own_bound_s=least_seconds(accesses=replay.accesses, misses=own, other_s=other_s, costs=least),
+        bound_s=bound_s,
+        own_bound_s=own_bound_s,
         event_hits=tuple(replay.event_hits),
     )
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from moert.tiers.arena import HostArena, SlotBank
-from moert.tiers.reader import DiskReader, Priority, Read, ReadHandle, ReadTotals
+from moert.tiers.reader import DiskReader, Moving, Priority, Read, ReadHandle, ReadTotals
 from moert.tiers.shard_file import BLOCK_BYTES, FileCalls, FileIdentity, ShardFile, window_bytes
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "DiskReader",
     "FileCalls",
     "FileIdentity",
+    "Moving",
     "Priority",
     "Read",
     "ReadHandle",

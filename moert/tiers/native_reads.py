@@ -1,4 +1,4 @@
-"""Threads of the extension that read records without the GIL, where nothing but reading is to be done.
+"""Threads of the extension that read records, and move what they have read, without the GIL.
 
 They know one way: O_DIRECT, into aligned memory. Whatever goes wrong there is read again by a Python thread, which
 knows the other ways and says what is the matter.
@@ -6,7 +6,7 @@ knows the other ways and says what is the matter.
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import os
 import threading
 import time
@@ -15,6 +15,8 @@ from moert import _C
 from moert.errors import MoertError
 from moert.tiers.depth import PERIOD_BYTES, PERIOD_S, START_DEPTH, DepthTuner
 from moert.tiers.read import (
+    Finish,
+    Moving,
     Priority,
     Read,
     ReadHandle,
@@ -37,16 +39,35 @@ def guess_lanes(depth: int) -> int:
     return max(1, depth // 2)
 
 
+def _moves(moving: Moving, memory: list[object]) -> tuple[object, int, int, int, int]:
+    """What `_C.reader_submit` takes; `memory` keeps the addresses valid."""
+    ends = []
+    for view in (moving.source, moving.destination):
+        byte = ctypes.c_char.from_buffer(view)
+        memory.append(byte)
+        ends += [ctypes.addressof(byte), len(view)]
+    return (moving.moves, ends[0], ends[1], ends[2], ends[3])
+
+
 class NativeHandle(ReadHandle):
     """A record that the extension reads."""
 
     def __init__(
-        self, owner: NativeReads, record: object, reads: tuple[Read, ...], memory: list[object], priority: Priority
+        self,
+        owner: NativeReads,
+        record: object,
+        reads: tuple[Read, ...],
+        memory: list[object],
+        priority: Priority,
+        finish: Finish | None,
+        files: list[ShardFile],
     ) -> None:
         self._owner = owner
         self._record = record
         self._reads = reads
         self._memory = memory
+        self._finish = finish
+        self._files = files
         self._starts = tuple(read.offset % BLOCK_BYTES for read in reads)
         self.priority = priority
         self._settled = False
@@ -64,6 +85,10 @@ class NativeHandle(ReadHandle):
     @property
     def read_s(self) -> float:
         return _C.record_seconds(self._record) if self._again is None else self._again.read_s
+
+    @property
+    def wasted(self) -> int:
+        return _C.record_begun(self._record) if _C.record_state(self._record) == _CANCELLED else 0
 
     def wait(self, timeout: float | None = None) -> tuple[int, ...]:
         if not self._settled:
@@ -85,9 +110,16 @@ class NativeHandle(ReadHandle):
             return self._again.cancel()
         return self._owner.cancel(self)
 
-    def promote(self) -> None:
-        if not self._settled and self._owner.promote(self):
-            self.priority = Priority.DEMAND
+    def give_up(self) -> bool:
+        if self._again is not None:
+            return self._again.give_up()
+        return self._owner.give_up(self)
+
+    def promote(self) -> bool:
+        if self._settled or not self._owner.promote(self):
+            return False
+        self.priority = Priority.DEMAND
+        return True
 
 
 class NativeReads:
@@ -117,37 +149,46 @@ class NativeReads:
     def check_process(self) -> None:
         check_process(self._pid)
 
-    def submit(self, reads: tuple[Read, ...], priority: Priority) -> NativeHandle | None:
-        """Queue a record; None if it is not one for these threads, or they are closed."""
+    def submit(
+        self,
+        reads: tuple[Read, ...],
+        priority: Priority,
+        finish: Finish | None = None,
+        moving: Moving | None = None,
+    ) -> NativeHandle | None:
+        """Queue a record; None if it is not one for these threads, or they are closed.
+
+        `moving` is done here, and `finish` where a Python thread has to read instead.
+        """
         parts: list[_Part] = []
         memory: list[object] = []
         lent: list[ShardFile] = []
-        with contextlib.ExitStack() as undo:
+        is_kept = False
+        self._tune()
+        try:
             for read in reads:
-                window = read.file.direct_window(read.offset, read.nbytes, read.destination)
+                file = read.file
+                window = file.direct_window(read.offset, read.nbytes, read.destination)
                 if window is None:
                     return None
-                if read.file not in lent:
-                    try:
-                        read.file.begin_use()
-                    except MoertError:
-                        return None
-                    undo.callback(read.file.end_use)
-                    lent.append(read.file)
+                if file not in lent:
+                    file.begin_use()
+                    lent.append(file)
                 memory.append(window.memory)
-                parts.append(
-                    (window.fd, *read.file.identity, window.begin, window.nbytes, window.needed, window.address)
-                )
-            self._tune()
-            try:
-                record = _C.reader_submit(self._reader, priority, record_bytes(reads), parts)
-            except RuntimeError:
-                return None
-            handle = NativeHandle(self, record, reads, memory, priority)
+                parts.append((window.fd, *file.identity, window.begin, window.nbytes, window.needed, window.address))
+            moves = None if moving is None else _moves(moving, memory)
+            record = _C.reader_submit(self._reader, priority, record_bytes(reads), parts, moves)
+            handle = NativeHandle(self, record, reads, memory, priority, finish, lent)
             with self._lock:
                 self._unsettled.add(handle)
                 dropped = len(self._unsettled) >= self._sweep_at
-            undo.pop_all()
+            is_kept = True
+        except (MoertError, RuntimeError):
+            return None
+        finally:
+            if not is_kept:
+                for file in lent:
+                    file.end_use()
         if dropped:
             self.sweep()
         return handle
@@ -164,18 +205,20 @@ class NativeReads:
             if state == _FAILED:
                 try:
                     handle._again = (
-                        self._threads.read_here(handle._reads)
+                        self._threads.read_here(handle._reads, handle._finish)
                         if here
-                        else self._threads.submit(handle._reads, Priority.DEMAND, None)
+                        else self._threads.submit(handle._reads, Priority.DEMAND, handle._finish)
                     )
                 except MoertError as error:
                     handle._error = error
             elif state != _WHOLE:
                 handle._error = cancelled() if state == _CANCELLED else closed_before()
-            for file in {id(read.file): read.file for read in handle._reads}.values():
+            for file in handle._files:
                 file.end_use()
+            handle._files = []
             handle._reads = ()
             handle._memory = []
+            handle._finish = None
             self._unsettled.discard(handle)
             handle._settled = True
 
@@ -183,6 +226,13 @@ class NativeReads:
         if os.getpid() != self._pid or not _C.reader_cancel(self._reader, handle._record):
             return False
         self.settle(handle)
+        return True
+
+    def give_up(self, handle: NativeHandle) -> bool:
+        if os.getpid() != self._pid or not _C.reader_give_up(self._reader, handle._record):
+            return False
+        if _C.record_state(handle._record) != _UNDER_WAY:
+            self.settle(handle)
         return True
 
     def promote(self, handle: NativeHandle) -> bool:

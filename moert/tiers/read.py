@@ -35,6 +35,17 @@ class Read(NamedTuple):
     destination: memoryview
 
 
+class Moving(NamedTuple):
+    """What is to be done with a record's bytes once they are there, where it can be done without Python."""
+
+    moves: object
+    """Of `_C.moves`."""
+    source: memoryview
+    """Where they begin: the record's buffer."""
+    destination: memoryview
+    """Where they end, in whole blocks; the reader's until the handle is ready."""
+
+
 @dataclass(frozen=True)
 class ReadTotals:
     """What a reader has done so far. `read_s` is the time during which at least one read was in flight."""
@@ -70,7 +81,7 @@ class ReadHandle(ABC):
 
         Raises:
             TimeoutError: not done after `timeout` seconds; the read goes on.
-            MoertError: the read was cancelled, or the reader closed before it started.
+            MoertError: the read was cancelled or given up, or the reader closed before it started.
             Exception: whatever the read or `finish` raised (see `ShardFile.read`).
         """
 
@@ -78,9 +89,24 @@ class ReadHandle(ABC):
     def cancel(self) -> bool:
         """Take the record off the queue; False if it is being read or is over. Never blocks for a read."""
 
+    @property
+    def wasted(self) -> int:
+        """Bytes that were read of a record that was given up and is over."""
+        return 0
+
     @abstractmethod
-    def promote(self) -> None:
-        """Make a queued record a demand: it goes behind the demands already queued. Otherwise nothing happens."""
+    def give_up(self) -> bool:
+        """Begin no more of the record: it is over, as cancelled, when what has been begun of it is read. Never blocks.
+
+        False, and no change, where nothing of it is left to begin; it will be there then.
+        """
+
+    @abstractmethod
+    def promote(self) -> bool:
+        """Make what is still to be begun of the record a demand: it goes behind the demands already queued.
+
+        What has been given up is taken up again, if it is not over. False, and no change, where nothing is to be begun.
+        """
 
 
 def record_bytes(reads: tuple[Read, ...]) -> int:
@@ -103,8 +129,8 @@ def not_in_time(nbytes: int, timeout: float | None) -> TimeoutError:
 
 
 def cancelled() -> MoertError:
-    """What `wait` raises after `cancel`."""
-    return MoertError("the read was cancelled before it started")
+    """What `wait` raises after `cancel` and `give_up`."""
+    return MoertError("the read was cancelled before it started, or before all of it had")
 
 
 def closed_before() -> MoertError:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from moert import _C
 from moert.tiers.depth import START_DEPTH
 from moert.tiers.native_reads import NativeReads, guess_lanes
-from moert.tiers.read import Finish, Priority, Read, ReadHandle, ReadTotals, reader_closed
+from moert.tiers.read import Finish, Moving, Priority, Read, ReadHandle, ReadTotals, reader_closed
 from moert.tiers.thread_reads import ThreadReads
 
-__all__ = ["DiskReader", "Finish", "Priority", "Read", "ReadHandle", "ReadTotals"]
+__all__ = ["DiskReader", "Finish", "Moving", "Priority", "Read", "ReadHandle", "ReadTotals"]
 
 
 class _Reads:
@@ -55,8 +55,8 @@ def _close_all() -> None:
 class DiskReader:
     """Reads records: of each disk up to `depth` pieces at once, of which up to `prefetch_depth` are no demands.
 
-    A piece is about a MiB of a record that is only to be read, and a whole record where a `finish` follows or the file
-    is read through the page cache. So records of one priority arrive one after the other, not all at the end.
+    A piece is about a MiB of a record that is only to be read and moved, and a whole record where a `finish` follows or
+    the file is read through the page cache. So records of one priority arrive one after the other, not all at the end.
 
     `depth` None: as many as the disk's bandwidth gains from, measured while it is used. `prefetch_depth` None: half.
 
@@ -87,11 +87,16 @@ class DiskReader:
         return self._reads.closed
 
     def submit_read(
-        self, reads: Sequence[Read], priority: Priority = Priority.DEMAND, finish: Finish | None = None
+        self,
+        reads: Sequence[Read],
+        priority: Priority = Priority.DEMAND,
+        finish: Finish | None = None,
+        moving: Moving | None = None,
     ) -> ReadHandle:
         """Queue one record: `reads`, then `finish(starts)` on the Python thread that did them.
 
-        Returns at once. The destinations belong to the reader until the handle is ready.
+        `moving` is the same as `finish` for threads without Python: then they read, and `finish` is for what they
+        could not. Returns at once. The destinations belong to the reader until the handle is ready.
 
         Raises:
             MoertError: the reader is closed, or this is a forked child.
@@ -100,8 +105,8 @@ class DiskReader:
         self._reads.threads.check_process()
         if self._reads.closed:
             raise reader_closed()
-        if finish is None and wanted:
-            handle = self._reads.native.submit(wanted, priority)
+        if (finish is None or moving is not None) and wanted:
+            handle = self._reads.native.submit(wanted, priority, finish, moving)
             if handle is not None:
                 return handle
         return self._reads.threads.submit(wanted, priority, finish)

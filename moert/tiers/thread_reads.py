@@ -75,8 +75,11 @@ class ThreadHandle(ReadHandle):
     def cancel(self) -> bool:
         return self._owner.cancel(self)
 
-    def promote(self) -> None:
-        self._owner.promote(self)
+    def give_up(self) -> bool:
+        return self._owner.cancel(self)
+
+    def promote(self) -> bool:
+        return self._owner.promote(self)
 
     def _run(self) -> None:
         whole = False
@@ -165,9 +168,9 @@ class ThreadReads:
             self._changed.notify()
         return handle
 
-    def read_here(self, reads: tuple[Read, ...]) -> ThreadHandle:
+    def read_here(self, reads: tuple[Read, ...], finish: Finish | None = None) -> ThreadHandle:
         """Read a record on the calling thread, beside the queues. Blocks; the handle says how it went."""
-        handle = ThreadHandle(self, reads, Priority.DEMAND, None)
+        handle = ThreadHandle(self, reads, Priority.DEMAND, finish)
         handle._state = _State.RUNNING
         _C.busy_enter(self._clock)
         handle._run()
@@ -181,13 +184,15 @@ class ThreadReads:
             handle._settle(_State.CANCELLED, cancelled())
             return True
 
-    def promote(self, handle: ThreadHandle) -> None:
+    def promote(self, handle: ThreadHandle) -> bool:
         with self._lock:
-            if handle._state is _State.QUEUED and handle.priority is not Priority.DEMAND:
-                self._queues[handle.priority].remove(handle)
-                handle.priority = Priority.DEMAND
-                self._queues[Priority.DEMAND].append(handle)
-                self._changed.notify()
+            if handle._state is not _State.QUEUED or handle.priority is Priority.DEMAND:
+                return False
+            self._queues[handle.priority].remove(handle)
+            handle.priority = Priority.DEMAND
+            self._queues[Priority.DEMAND].append(handle)
+            self._changed.notify()
+            return True
 
     def read_ended(self, reads: tuple[Read, ...], whole: bool) -> None:
         with self._lock:

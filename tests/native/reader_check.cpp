@@ -295,6 +295,41 @@ void only_what_has_not_begun_is_cancelled() {
     CHECK(begun().size() == 4 && bench.reader.records() == 2);
 }
 
+void what_is_given_up_is_read_no_further() {
+    Bench bench({1, 1});
+    shut();
+    const SharedRecord one = bench.submit(0, kSlot, 0, ReadClass::kPrefetch);
+    await_begun(1);
+    const SharedRecord last = bench.block(1), queued = bench.submit(0, kSlot, 2, ReadClass::kPrefetch);
+    CHECK(bench.reader.give_up(queued) && queued->outcome.state() == ReadState::kCancelled);
+    CHECK(queued->nbytes_begun() == 0 && !bench.reader.give_up(queued) && !bench.reader.promote(queued));
+    CHECK(bench.reader.give_up(one) && !bench.reader.give_up(one));
+    settle_down();
+    CHECK(one->outcome.state() == ReadState::kUnderWay);
+    let_through(1);
+    CHECK(wait_for(one) == ReadState::kCancelled);
+    CHECK(one->nbytes_begun() == one->shares[0].chunks[0].nbytes && one->nbytes_begun() < kSlot);
+    CHECK(!bench.reader.promote(one));
+    open_up();
+    CHECK(wait_for(last) == ReadState::kWhole);
+    CHECK(begun().size() == 2 && bench.reader.records() == 1);
+    // All of it has begun.
+    shut();
+    const SharedRecord all = bench.block(3, ReadClass::kPrefetch);
+    await_begun(1);
+    CHECK(!bench.reader.give_up(all));
+    open_up();
+    CHECK(wait_for(all) == ReadState::kWhole);
+    // Taken up again while its first chunk is read, it is as if nothing had been.
+    shut();
+    const SharedRecord again = bench.submit(0, kSlot, 4, ReadClass::kPrefetch);
+    await_begun(1);
+    CHECK(bench.reader.give_up(again) && bench.reader.promote(again) && !bench.reader.promote(again));
+    open_up();
+    CHECK(wait_for(again) == ReadState::kWhole);
+    CHECK(bench.holds(4, 0, kSlot));
+}
+
 void the_promoted_go_behind_the_demands() {
     Bench bench({1, 1});
     shut();
@@ -557,6 +592,44 @@ void a_fork_is_refused() {
     CHECK(wait_for(bench.block(1)) == ReadState::kWhole);
 }
 
+void what_follows_a_read_takes_no_lane() {
+    Bench bench({1, 1});
+    shut();
+    open_up();
+    std::atomic<bool> may_end{false}, has_begun{false}, has_ended{false};
+    const SharedRecord first =
+        bench.reader.submit({bench.file.part(0, kBlock, bench.memory.slots[0])}, kBlock, ReadClass::kDemand, [&] {
+            has_begun = true;
+            await("leave to end", [&] { return may_end.load(); });
+            has_ended = true;
+        });
+    const SharedRecord second = bench.block(1);
+    CHECK(wait_for(second) == ReadState::kWhole);
+    await("what follows", [&] { return has_begun.load(); });
+    CHECK(wait_for(bench.block(2)) == ReadState::kWhole);
+    CHECK(first->outcome.state() == ReadState::kUnderWay);
+    CHECK(!bench.reader.cancel(first) && !bench.reader.promote(first));
+    std::thread closing([&] { bench.reader.close(); });
+    settle_down();
+    CHECK(first->outcome.state() == ReadState::kUnderWay);
+    may_end = true;
+    closing.join();
+    CHECK(has_ended && first->outcome.state() == ReadState::kWhole);
+    CHECK(bench.reader.records() == 3);
+}
+
+void nothing_is_done_after_a_read_that_failed() {
+    Bench bench({2, 1});
+    shut();
+    disk.script = {-EIO};
+    open_up();
+    bool followed = false;
+    const SharedRecord record = bench.reader.submit({bench.file.part(0, kBlock, bench.memory.slots[0])}, kBlock,
+                                                    ReadClass::kDemand, [&] { followed = true; });
+    CHECK(wait_for(record) == ReadState::kFailed);
+    CHECK(!followed);
+}
+
 void nothing_is_lost_between_threads(int rounds) {
     Bench bench({3, 1});
     shut();
@@ -573,6 +646,7 @@ void nothing_is_lost_between_threads(int rounds) {
                     SharedRecord record;
                     const File* file;
                     size_t offset, nbytes;
+                    std::shared_ptr<int> followed;  // how often something was done after it; null: nothing is
                 };
                 std::vector<Wanted> wanted;
                 for (size_t slot = 0; slot < 4; slot++) {
@@ -580,21 +654,27 @@ void nothing_is_lost_between_threads(int rounds) {
                     const size_t nbytes = 1 + random() % (random() % 4 == 0 ? kSlot : 20'000);
                     const size_t offset = random() % (kFileBytes - nbytes);
                     const auto kind = static_cast<ReadClass>(random() % 3);
+                    const auto followed = random() % 2 == 0 ? std::make_shared<int>(0) : nullptr;
+                    moert::AfterRead after;
+                    if (followed) after = [followed] { ++*followed; };
                     wanted.push_back(
-                        {bench.reader.submit({file.part(offset, nbytes, memory.slots[slot])}, nbytes, kind), &file,
-                         offset, nbytes});
+                        {bench.reader.submit({file.part(offset, nbytes, memory.slots[slot])}, nbytes, kind, after),
+                         &file, offset, nbytes, followed});
                     if (random() % 4 == 0) bench.reader.promote(wanted[random() % wanted.size()].record);
                     if (random() % 8 == 0) bench.reader.cancel(wanted[random() % wanted.size()].record);
+                    if (random() % 8 == 0) bench.reader.give_up(wanted[random() % wanted.size()].record);
                     if (random() % 16 == 0) bench.reader.set_lanes(file.identity.device, {1 + int(random() % 5), 1});
                     if (random() % 16 == 0) bench.reader.saturation(0, 0);
                 }
                 for (size_t slot = 0; slot < 4; slot++) {
                     const Wanted& one = wanted[slot];
                     if (wait_for(one.record) == ReadState::kCancelled) {
+                        CHECK(!one.followed || *one.followed == 0);
                         cancelled++;
                         continue;
                     }
                     CHECK(one.record->outcome.state() == ReadState::kWhole);
+                    CHECK(!one.followed || *one.followed == 1);
                     CHECK(std::memcmp(memory.slots[slot] + one.offset % kBlock, one.file->content.data() + one.offset,
                                       one.nbytes) == 0);
                     whole++;
@@ -619,6 +699,7 @@ int main(int argc, char** argv) {
     lanes_share_a_record_and_then_the_next();
     guesses_leave_lanes_free();
     only_what_has_not_begun_is_cancelled();
+    what_is_given_up_is_read_no_further();
     the_promoted_go_behind_the_demands();
     promotion_uses_lanes_that_guesses_may_not();
     interrupted_and_short_reads_go_on();
@@ -632,6 +713,8 @@ int main(int argc, char** argv) {
     threads_start_as_needed_and_end();
     waiting_ends_in_time();
     a_fork_is_refused();
+    what_follows_a_read_takes_no_lane();
+    nothing_is_done_after_a_read_that_failed();
     nothing_is_lost_between_threads(rounds);
     if (failures == 0) std::puts("all hold");
     return failures == 0 ? 0 : 1;
