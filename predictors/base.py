@@ -51,8 +51,8 @@ class Prediction(NamedTuple):
     """Of each expert: 0 if some token's first guess is this one, 1 if it is some token's second, and so on."""
     probabilities: list[float] | None = None
     """Of each expert, that the step needs it, where the predictor knows; it may be miscalibrated."""
-    chances: Floats | None = None
-    """[E] as `probabilities`, of all of the layer's experts; good until the predictor's next call."""
+    chances: list[float] | None = None
+    """[E] as `probabilities`, of all of the layer's experts."""
 
 
 class Router(NamedTuple):
@@ -221,7 +221,7 @@ class Predictor:
         experts: list[int] = order.tolist()
         if not self.gives_probabilities:
             return Prediction(layer, experts, list(range(len(experts))))
-        return Prediction(layer, experts, list(range(len(experts))), scores[order].tolist(), scores)
+        return Prediction(layer, experts, list(range(len(experts))), scores[order].tolist(), scores.tolist())
 
 
 def missing_needs(kind: type[Predictor], at_hand: Iterable[Need]) -> list[Need]:

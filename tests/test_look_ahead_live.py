@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 from fake_disk import READ_BYTES, FakeDisk, FakeLayer
@@ -207,8 +206,7 @@ def test_nobody_leaves_who_is_likelier_to_be_needed(
     rig.learn(1.2)
     for expert in range(4):
         rig.step(1, [expert], idle_s=1.2)
-    chances = np.array([*residents, 0.5, 0, 0, 0], np.float32)
-    rig.told.next = [Prediction(1, [4], [0], [0.5], chances)]
+    rig.told.next = [Prediction(1, [4], [0], [0.5], [*residents, 0.5, 0.0, 0.0, 0.0])]
     rig.step(0, [0], idle_s=1.2)
     assert rig.reading(1) == read
     assert {expert.expert for expert in rig.layers[1].residency.residents} == {0, 1, 2, 3} - left

@@ -169,6 +169,9 @@ NONSENSE: list[tuple[Any, str]] = [
     ([Prediction(1, [2], [0], [0.5, 0.5])], "names 1 experts of layer 1 with 1 ranks and 2 probabilities"),
     ([Prediction(1, [2], [0], [float("nan")])], "names a probability of nan in layer 1"),
     ([Prediction(1, [2], [0], [1.5])], "names a probability of 1.5 in layer 1"),
+    ([Prediction(1, [2], [0], [0.5], [0.5] * 7)], "names 7 chances of layer 1, of 8 experts"),
+    ([Prediction(1, [2], [0], [0.5], [0.5] * 7 + [1.5])], "names chances of layer 1 from 0.5 to 1.5, or NaN"),
+    ([Prediction(1, [2], [0], [0.5], [0.5] * 7 + [float("nan")])], "names chances of layer 1 from 0.5 to 0.5, or NaN"),
     (lazily(), "raised ArithmeticError: late"),
 ]
 

@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from moert.predictors.base import Floats, Ints, Prediction, Predictor
+from moert.predictors.base import Ints, Prediction, Predictor
 from moert.residency import Residency
 from moert.runtime.expectations import Expectations, keys_of
 from moert.runtime.layer import LayerCache
@@ -241,8 +241,7 @@ class LookAhead:
 
 
 def _chances_of_residents(
-    residency: Residency, ids: Sequence[ExpertId], chances: Floats
+    residency: Residency, ids: Sequence[ExpertId], chances: Sequence[float]
 ) -> list[tuple[float, ExpertId]]:
     """Those who may leave with the chances that they are needed, ascending."""
-    known = chances.tolist()
-    return sorted((known[expert.expert], expert) for expert in ids if expert in residency)
+    return sorted((chances[expert.expert], expert) for expert in ids if expert in residency)

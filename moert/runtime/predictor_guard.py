@@ -69,14 +69,10 @@ class PredictorGuard:
         self._hangs = 0
         self._pass = _Pass()
         self._passes: list[_Pass] = []
-        self._latest: Floats | None = None
-        """Scores that have been looked at."""
         scores = predictor.scores
 
         def checked_scores(layer: int, tokens: int = 0) -> Floats | None:
-            found = self._watched(f"scores of layer {layer}", lambda: self._check_scores(layer, scores(layer, tokens)))
-            self._latest = found
-            return found
+            return self._watched(f"scores of layer {layer}", lambda: self._check_scores(layer, scores(layer, tokens)))
 
         predictor.scores = checked_scores  # type: ignore[method-assign]
 
@@ -187,11 +183,12 @@ class PredictorGuard:
         for chance in probabilities or ():
             if not _is_probability(chance):
                 raise _Fault(f"names a probability of {_short(chance)} in layer {layer}")
-        if chances is not None and chances is not self._latest:
-            try:
-                self._check_scores(layer, chances)
-            except _Fault as fault:
-                raise _Fault(f"names chances of layer {layer} that {fault}") from None
+        if chances is not None:
+            if len(chances) != size:
+                raise _Fault(f"names {len(chances)} chances of layer {layer}, of {size} experts")
+            # A NaN makes the sum one.
+            if not all(map(_is_probability, (min(chances), max(chances), sum(chances) / size))):
+                raise _Fault(f"names chances of layer {layer} from {min(chances):.4g} to {max(chances):.4g}, or NaN")
         return prediction
 
     def _check_scores(self, layer: int, scores: Floats | None) -> Floats | None:
