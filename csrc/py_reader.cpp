@@ -187,31 +187,14 @@ bool parse_reader_and_record(PyObject* args, Reader** reader, SharedRecord** rec
     return *record != nullptr;
 }
 
-PyObject* py_reader_cancel(PyObject*, PyObject* args) {
+template <bool (Reader::*kCall)(const SharedRecord&)>
+PyObject* py_reader_ask(PyObject*, PyObject* args) {
     Reader* reader;
     SharedRecord* record;
-    bool cancelled = false;
+    bool done = false;
     if (!parse_reader_and_record(args, &reader, &record)) return nullptr;
-    if (!without_gil([&] { cancelled = reader->cancel(*record); })) return nullptr;
-    return PyBool_FromLong(cancelled);
-}
-
-PyObject* py_reader_give_up(PyObject*, PyObject* args) {
-    Reader* reader;
-    SharedRecord* record;
-    bool given_up = false;
-    if (!parse_reader_and_record(args, &reader, &record)) return nullptr;
-    if (!without_gil([&] { given_up = reader->give_up(*record); })) return nullptr;
-    return PyBool_FromLong(given_up);
-}
-
-PyObject* py_reader_promote(PyObject*, PyObject* args) {
-    Reader* reader;
-    SharedRecord* record;
-    bool promoted = false;
-    if (!parse_reader_and_record(args, &reader, &record)) return nullptr;
-    if (!without_gil([&] { promoted = reader->promote(*record); })) return nullptr;
-    return PyBool_FromLong(promoted);
+    if (!without_gil([&] { done = (reader->*kCall)(*record); })) return nullptr;
+    return PyBool_FromLong(done);
 }
 
 PyObject* py_reader_set_lanes(PyObject*, PyObject* args) {
@@ -348,12 +331,12 @@ PyMethodDef reader_methods[] = {
      "`moving` is (moves, source, source_bytes, destination, destination_bytes): they are done before it is settled as "
      "whole. "
      "RuntimeError: the reader is closed, this is a fork, or there is no thread to be had."},
-    {"reader_cancel", py_reader_cancel, METH_VARARGS,
+    {"reader_cancel", py_reader_ask<&Reader::cancel>, METH_VARARGS,
      "reader_cancel(reader, record) -> bool\n\nTrue, and the record is settled, if nothing of it had been begun."},
-    {"reader_give_up", py_reader_give_up, METH_VARARGS,
+    {"reader_give_up", py_reader_ask<&Reader::give_up>, METH_VARARGS,
      "reader_give_up(reader, record) -> bool\n\nBegins no more of the record, which is settled as cancelled once what "
      "has been begun has ended; False: all of it has been."},
-    {"reader_promote", py_reader_promote, METH_VARARGS,
+    {"reader_promote", py_reader_ask<&Reader::promote>, METH_VARARGS,
      "reader_promote(reader, record) -> bool\n\nMakes what has not been begun of the record a demand; False: there is "
      "nothing, or it is one."},
     {"reader_set_lanes", py_reader_set_lanes, METH_VARARGS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import random
@@ -192,6 +193,26 @@ def test_whatever_lies_side_by_side_moves_as_bytes(file: ShardFile, slots: SlotB
     assert torch.equal(found, right)
 
 
+@contextlib.contextmanager
+def unreadable(file: ShardFile) -> Iterator[None]:
+    """Its descriptor cannot be read from meanwhile."""
+    good, bad = os.dup(file._fd), os.open(file.path.with_suffix(".bad"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(bad, file._fd, inheritable=False)
+    try:
+        yield
+    finally:
+        os.dup2(good, file._fd, inheritable=False)
+        os.close(good)
+        os.close(bad)
+
+
+def await_native(handle: object) -> None:
+    """Until the extension is done with it."""
+    assert isinstance(handle, NativeHandle)
+    while _C.record_state(handle._record) == 0:
+        pass
+
+
 class TestWhoConverts:
     def reads(self, file: ShardFile, slots: SlotBank) -> tuple[list[Read], Moving]:
         moves = _C.moves([(3, 3, 1, 1000, 77, 0, 1, 64, 0)])
@@ -208,17 +229,11 @@ class TestWhoConverts:
     def test_python_where_it_had_to_read(self, file: ShardFile, slots: SlotBank) -> None:
         reads, moving = self.reads(file, slots)
         called: list[object] = []
-        good, bad = os.dup(file._fd), os.open(file.path.with_suffix(".bad"), os.O_WRONLY | os.O_CREAT)
         slots.slot(1)[64:1064] = bytes(1000)
         with DiskReader(2) as reader:
-            os.dup2(bad, file._fd, inheritable=False)
-            handle = reader.submit_read(reads, finish=called.append, moving=moving)
-            assert isinstance(handle, NativeHandle)
-            while _C.record_state(handle._record) == 0:
-                pass
-            os.dup2(good, file._fd, inheritable=False)
-            os.close(good)
-            os.close(bad)
+            with unreadable(file):
+                handle = reader.submit_read(reads, finish=called.append, moving=moving)
+                await_native(handle)
             assert handle.wait(PATIENCE_S) == (77,)
             assert called == [(77,)]
         assert slots.slot(1)[64:1064] == bytes(1000)
@@ -229,16 +244,10 @@ class TestWhoConverts:
         def fail(_: object) -> None:
             raise CorruptFileError("no good")
 
-        good, bad = os.dup(file._fd), os.open(file.path.with_suffix(".bad"), os.O_WRONLY | os.O_CREAT)
         reader = DiskReader(2)
-        os.dup2(bad, file._fd, inheritable=False)
-        handle = reader.submit_read(reads, finish=fail, moving=moving)
-        assert isinstance(handle, NativeHandle)
-        while _C.record_state(handle._record) == 0:
-            pass
-        os.dup2(good, file._fd, inheritable=False)
-        os.close(good)
-        os.close(bad)
+        with unreadable(file):
+            handle = reader.submit_read(reads, finish=fail, moving=moving)
+            await_native(handle)
         reader.close()
         with pytest.raises(CorruptFileError, match="no good"):
             handle.wait(PATIENCE_S)
