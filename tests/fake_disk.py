@@ -12,6 +12,7 @@ from moert.formats import TensorSpec
 from moert.policies import make_policy
 from moert.residency import Residency, Resize
 from moert.runtime.layer import Fetch, LayerCache, LayerSpec
+from moert.tiers.arena import PAGE_BYTES
 from moert.tiers.disk import Priority
 from moert.types import ExpertId
 
@@ -96,13 +97,23 @@ class FakeDisk:
                 return
 
 
+def _page_of_its_own(n: int) -> torch.Tensor:
+    """Numbers that share no page with other memory, as an arena's do not: whole pages are locked, and what a device
+    allocates for itself may not begin in one of them."""
+    nbytes = n * torch.float32.itemsize
+    assert nbytes <= PAGE_BYTES
+    memory = torch.empty(2 * PAGE_BYTES, dtype=torch.uint8)
+    begin = -memory.data_ptr() % PAGE_BYTES
+    return memory[begin : begin + nbytes].view(torch.float32)
+
+
 class FakeLayer(LayerCache):
     """Experts of one number each: expert e of layer l multiplies by 1 + e + 100 * l. An empty slot is NaN."""
 
     def __init__(self, index: int, num_experts: int, capacity: int, disk: FakeDisk) -> None:
         spec = LayerSpec(index, f"layers.{index}", num_experts, (TensorSpec("w", (1,), torch.float32),))
         super().__init__(spec, Residency(capacity, make_policy("lru", capacity)))
-        self.slots = torch.full((num_experts,), torch.nan)
+        self.slots = _page_of_its_own(num_experts).fill_(torch.nan)
         self.disk = disk
 
     def factor(self, expert: int) -> float:

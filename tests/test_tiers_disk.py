@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -613,6 +614,40 @@ class TestDiskReader:
             handle = reader.submit_read([Read(file, 0, 10, slots.slot(0))], finish=lambda starts: reader.close())
             assert handle.wait(PATIENCE_S) == (0,)
             reader.close()
+
+    def test_an_interrupt_while_a_worker_starts_is_an_interrupt(
+        self, path: Path, slots: SlotBank, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(event: Any, timeout: float | None = None) -> None:
+            """As when the signal comes before `Condition.wait` has its lock back, which leaving then releases."""
+            with event._cond:
+                event._cond.release()
+                raise KeyboardInterrupt
+
+        with ShardFile(path) as file, DiskReader(2) as reader:
+            reads = [Read(file, 0, 10, slots.slot(0))]
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Event, "wait", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    reader.submit_read(reads, finish=lambda starts: None)
+            (worker,) = (thread for thread in threading.enumerate() if thread.name.startswith("moert-read"))
+            assert reader.submit_read(reads, finish=lambda starts: None).wait(PATIENCE_S) == (0,)
+            reader.close()
+            assert not worker.is_alive()
+
+    def test_a_thread_that_cannot_start_is_an_error_and_not_waited_for(
+        self, path: Path, slots: SlotBank, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refused(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with ShardFile(path) as file, DiskReader(1) as reader:
+            reads = [Read(file, 0, 10, slots.slot(0))]
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", refused)
+                with pytest.raises(RuntimeError, match="can't start"):
+                    reader.submit_read(reads, finish=lambda starts: None)
+            assert reader.submit_read(reads, finish=lambda starts: None).wait(PATIENCE_S) == (0,)
 
     def test_a_forgotten_reader_ends_its_threads(self, path: Path, slots: SlotBank) -> None:
         with ShardFile(path) as file:

@@ -161,7 +161,11 @@ class ThreadReads:
                 self._threads.append(thread)
                 try:
                     thread.start()
-                except RuntimeError:
+                except RuntimeError as error:
+                    # So an interrupt comes out of `start` when it hits the condition in which that waits for the thread
+                    # to have begun: the thread runs.
+                    if isinstance(error.__context__, KeyboardInterrupt):
+                        raise error.__context__ from None
                     self._threads.remove(thread)
                     raise
             self._queues[handle.priority].append(handle)
