@@ -1,6 +1,7 @@
 // The Python face of token_layer.h.
 #include "token_layer.h"
 
+#include <cstring>
 #include <vector>
 
 #include "py_moe_block.h"
@@ -29,16 +30,35 @@ PyObject* py_token_layer(PyObject*, PyObject* args) {
     return enclose(std::make_unique<TokenLayer>(TokenLayer{*attention, *block}), kTokenLayerName);
 }
 
-// (layer, token, block token)
-bool as_layer_token(PyObject* object, const TokenLayer** layer, LayerToken* token) {
-    PyObject *layer_object, *token_object, *block_object;
-    if (!PyArg_ParseTuple(object, "OO!O!:layer token", &layer_object, &PyTuple_Type, &token_object, &PyTuple_Type,
-                          &block_object)) {
+struct LayerCall {
+    const TokenLayer* layer = nullptr;
+    LayerToken token;
+    uint8_t* copy = nullptr;  // where the output goes as well
+
+    void run() {
+        run_layer(*layer, &token);
+        if (copy == nullptr || token.block.experts_s < 0) return;
+        const auto hidden = static_cast<size_t>(layer->block.hidden);
+        std::memcpy(copy, token.block.y, hidden * static_cast<size_t>(bytes_of(layer->block.number)));
+    }
+};
+
+// (layer, token, block token, copy)
+bool as_layer_call(PyObject* object, LayerCall* call) {
+    PyObject *layer_object, *token_object, *block_object, *copy_object;
+    if (!PyArg_ParseTuple(object, "OO!O!O:layer call", &layer_object, &PyTuple_Type, &token_object, &PyTuple_Type,
+                          &block_object, &copy_object)) {
         return false;
     }
-    *layer = disclose<TokenLayer>(layer_object, kTokenLayerName);
-    return *layer != nullptr && as_token(token_object, (*layer)->attention, &token->attended) &&
-           as_block_token(block_object, (*layer)->block, &token->block);
+    const uint8_t* copy;
+    call->layer = disclose<TokenLayer>(layer_object, kTokenLayerName);
+    if (call->layer == nullptr || !as_token(token_object, call->layer->attention, &call->token.attended) ||
+        !as_block_token(block_object, call->layer->block, &call->token.block) ||
+        !as_address(copy_object, "copy", 1, true, &copy)) {
+        return false;
+    }
+    call->copy = const_cast<uint8_t*>(copy);
+    return true;
 }
 
 PyObject* py_run_layers(PyObject*, PyObject* list) {
@@ -47,26 +67,25 @@ PyObject* py_run_layers(PyObject*, PyObject* list) {
         return nullptr;
     }
     const size_t count = static_cast<size_t>(PyList_Size(list));
-    std::vector<const TokenLayer*> layers(count);
-    std::vector<LayerToken> tokens(count);
+    std::vector<LayerCall> calls(count);
     for (size_t i = 0; i < count; ++i) {
         PyObject* entry = PyList_GetItem(list, static_cast<Py_ssize_t>(i));
         if (!PyTuple_Check(entry)) {
             PyErr_Format(PyExc_TypeError, "a layer is a tuple, not %R", entry);
             return nullptr;
         }
-        if (!as_layer_token(entry, &layers[i], &tokens[i])) return nullptr;
+        if (!as_layer_call(entry, &calls[i])) return nullptr;
     }
     const bool done = without_gil([&] {
-        for (size_t i = 0; i < count; ++i) {
-            run_layer(*layers[i], &tokens[i]);
-            if (tokens[i].block.experts_s < 0) break;
+        for (LayerCall& call : calls) {
+            call.run();
+            if (call.token.block.experts_s < 0) break;
         }
     });
     if (!done) return nullptr;
     PyObject* seconds = PyList_New(0);
     for (size_t i = 0; seconds != nullptr && i < count; ++i) {
-        PyObject* value = PyFloat_FromDouble(tokens[i].block.experts_s);
+        PyObject* value = PyFloat_FromDouble(calls[i].token.block.experts_s);
         if (value == nullptr || PyList_Append(seconds, value) != 0) Py_CLEAR(seconds);
         Py_XDECREF(value);
     }
@@ -79,8 +98,9 @@ PyMethodDef token_layer_methods[] = {
     {"token_layer", py_token_layer, METH_VARARGS,
      "token_layer(attention, block) -> capsule\n\nA layer as run_layers needs it."},
     {"run_layers", py_run_layers, METH_O,
-     "run_layers(layers) -> seconds\n\nOne token through layers, each (layer, token, block token), in their order; see "
-     "token_layer.h. token is as for attend_token, block token as for run_block. Returns what the experts of each "
+     "run_layers(layers) -> seconds\n\nOne token through layers, each (layer, token, block token, copy), in their order; see "
+     "token_layer.h. token is as for attend_token, block token as for run_block, copy an address that a layer's output "
+     "goes to as well, or None. Returns what the experts of each "
      "took, below 0 if they were not computed; no layer after that has run. Blocks, without the GIL."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -74,7 +74,7 @@ class TokenLayer:
         if token is None:
             return None
         picks = Picks(self.block, x)
-        (took,) = _C.run_layers([(self.plan, token, picks.arguments(0, experts, output.data_ptr()))])
+        (took,) = _C.run_layers([(self.plan, token, picks.arguments(0, experts, output.data_ptr()), None)])
         return LayerOutput(
             y, normed, picks.ids, picks.weights, picks.logits, picks.shared, None if took < 0 else output, took
         )
@@ -89,6 +89,8 @@ class LayersOutput(NamedTuple):
 
     outputs: torch.Tensor
     """[L, ..., D], each like x."""
+    handed: torch.Tensor
+    """The same once more, in memory of its own, for whoever may write to it."""
     normed: torch.Tensor
     """[L, ..., D]: what router and experts of each were given."""
     ids: torch.Tensor
@@ -121,10 +123,11 @@ def run_layers(
     if not layers[0].attention.takes(x):
         return None
     count = len(layers)
-    outputs, normed = (x.new_empty((count, *x.shape)) for _ in range(2))
+    outputs, handed, normed = x.new_empty((3, count, *x.shape)).unbind(0)
     picks = Picks(layers[0].block, x, count)
     hidden = torch.empty_like(x)
     hidden_at, outputs_at, normed_at = hidden.data_ptr(), outputs.data_ptr(), normed.data_ptr()
+    handed_at = handed.data_ptr()
     step, before = x.numel() * x.element_size(), x.data_ptr()
     calls = []
     for i, (layer, place, table) in enumerate(zip(layers, places, experts, strict=True)):
@@ -132,8 +135,8 @@ def run_layers(
         if token is None:
             return None
         before = outputs_at + i * step
-        calls.append((layer.plan, token, picks.arguments(i, table, before)))
+        calls.append((layer.plan, token, picks.arguments(i, table, before), handed_at + i * step))
     seconds = _C.run_layers(calls)
     return LayersOutput(
-        outputs, normed, picks.ids, picks.weights, picks.logits, [took for took in seconds if took >= 0]
+        outputs, handed, normed, picks.ids, picks.weights, picks.logits, [took for took in seconds if took >= 0]
     )

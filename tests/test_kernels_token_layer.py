@@ -318,13 +318,19 @@ def test_layers_of_parts_that_do_not_fit_are_refused() -> None:
 def test_what_dictionaries_hold() -> None:
     value = object()
     held = {"a": value, "b": None}
-    assert _C.holds([(held, "a", value), (held, "b", None), (held, "c")])
-    assert not _C.holds([(held, "a", object())])
-    assert not _C.holds([(held, "a")])
-    assert not _C.holds([(held, "c", None)])
-    with pytest.raises(TypeError, match="a list is wanted"):
-        _C.holds(((held, "a", value),))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="a tuple is wanted"):
-        _C.holds([[held, "a"]])  # type: ignore[list-item]
+    assert _C.holds([])
+    assert _C.holds([held, "a", value, held, "b", None, held, "c", held, held, None, 2, {}, None, 0])
+    assert not _C.holds([held, "a", object()])
+    assert not _C.holds([held, "a", held])
+    assert not _C.holds([held, "c", None])
+    assert not _C.holds([held, "a", value, held, None, 1])
+    for wrong in ((held, "a", value), [held, "a"], [held, "a", value, held]):
+        with pytest.raises(TypeError, match="a list of dicts, keys and values is wanted"):
+            _C.holds(wrong)  # type: ignore[arg-type]
+    for other in ("a", 0, None):
+        with pytest.raises(TypeError, match="a dict is wanted"):
+            _C.holds([held, "a", value, other, "b", "c"])
     with pytest.raises(TypeError):
-        _C.holds([("a", "b")])
+        _C.holds([held, None, "many"])
+    with pytest.raises(TypeError, match="unhashable"):
+        _C.holds([held, [], value])

@@ -216,3 +216,54 @@ def test_hooks_are_gone_after_unpatch(tiny_olmoe: Path) -> None:
     moert.unpatch(model)
     assert {name: len(module._forward_pre_hooks) for name, module in model.named_modules()} == before
     model(torch.tensor([[1, 2]]))
+
+
+def test_the_next_forward_after_an_interrupt_in_the_books_is_right(tiny_olmoe: Path) -> None:
+    """A block's entry looks at what is resident before any use of the runtime has put it in order."""
+    from transformers import OlmoeForCausalLM
+
+    model = OlmoeForCausalLM.from_pretrained(tiny_olmoe)
+    prompt = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        moert.patch(model, host_memory="50%")
+        right = model(prompt).logits
+        runtime = runtime_of(model)
+        for layer in runtime.layers:
+            # As between the two lines of `Residency` that note an arrival and its slot.
+            layer.residency._arriving.update(ExpertId(layer.spec.index, expert) for expert in range(layer.spec.num_experts))
+        runtime._torn = True
+        assert torch.equal(model(prompt).logits, right)
+        assert not any(layer.residency.arriving for layer in runtime.layers)
+
+
+def test_nobody_measures_layers_that_need_nothing() -> None:
+    """Tokens for which every expert is there are no part of the times between reads, nor are pauses around them."""
+    rig = Rig(capacity=E)
+    clock = [0.0]
+    ahead = LookAhead(rig.script, rig.layers, rig.pipeline, clock=lambda: clock[0])
+
+    def token(gap_s: float) -> None:
+        for layer in range(2):
+            clock[0] += gap_s
+            ahead.begin(layer, [ExpertId(layer, 0)])
+
+    for _ in range(3):
+        token(1e-3)
+    known = [ahead._idle.after(layer, waits=False) for layer in range(2)]
+    assert known == pytest.approx([1e-3, 1e-3])
+    ahead._expectations.expect(0, "look", {ExpertId(0, 5): 0})
+    clock[0] += 100.0
+    assert ahead.rest()
+    clock[0] += 100.0
+    assert ahead.rest()
+    assert not ahead._expectations.expected(0)
+    token(1e-3)
+    token(1e-3)
+    assert [ahead._idle.after(layer, waits=False) for layer in range(2)] == pytest.approx(known)
+    assert ahead._passes == 3 + 2 + 2
+
+    class Passes(Script):
+        def begin_pass(self, n_tokens: int, token_ids: Any = None, rows: int = 1) -> None:
+            pass
+
+    assert not LookAhead(Passes(), rig.layers, rig.pipeline).rest(), "its calls are held against the layers' times"

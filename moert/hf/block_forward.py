@@ -51,6 +51,16 @@ class KnownBlock:
             and block.are_told()
         )
 
+    def note(self, parts: Unchanged) -> None:
+        """All that `is_free` asks."""
+        parts.join(self.parts)
+        gate, experts = self.block.gate, self.block.experts
+        parts.add_entry(vars(gate), "training")
+        for name in ("runtime", "scores"):
+            parts.add_entry(vars(experts), name)
+        parts.add_hooks(gate)
+        parts.add_hooks(experts)
+
 
 class BlockForward(OwnForward):
     """Stands in a block's own `forward`."""

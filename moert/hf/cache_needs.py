@@ -25,8 +25,9 @@ def cache_bytes(model: PreTrainedModel, context: int | None, experts: Sequence[s
     """The KV cache of one sequence of so many tokens, or of `CONTEXT`; 0 where the model's code does not tell.
 
     Args:
-        model: on the meta device; a copy of it runs, as some classes keep what they make on the way.
-        experts: the paths of its experts modules, as for `cache_layers`.
+        model: on the meta device.
+        experts: the paths of its experts modules, where they are not offloaded. Then the model is to be used yet, and
+            a copy of it runs, as some classes keep what they make on the way.
     """
     try:
         probe = copy.deepcopy(model) if experts else model

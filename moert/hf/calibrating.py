@@ -47,6 +47,7 @@ def calibrate(
     progress: Callable[[int, int], None] | None = None,
     *,
     dtype: str = "auto",
+    repeats: bool = True,
 ) -> Calibration:
     """Load the model in `folder` with some of its experts, and time its parts, twice or three times
     (`moert.calibration.repeating`). Blocks for half a minute, and for some minutes on a machine that is busy
@@ -54,6 +55,7 @@ def calibrate(
 
     Args:
         config: how it will be loaded; host_memory, preload and predictor are chosen here.
+        repeats: without, everything is measured once only.
 
     Raises:
         UnsupportedModelError: it does not generate text, or its experts are not computed by moert's kernels.
@@ -69,7 +71,9 @@ def calibrate(
         try:
             if not model.can_generate():
                 raise UnsupportedModelError(f"{type(model).__name__} does not generate text, so no token can be timed")
-            return _measure(model, plan, source, options, shape, fingerprint(folder.resolve()), progress)
+            return _measure(
+                model, plan, source, options, shape, fingerprint(folder.resolve()), progress, repeats=repeats
+            )
         finally:
             close(model)
     finally:
@@ -84,6 +88,8 @@ def _measure(
     shape: Shape,
     here: Fingerprint,
     progress: Callable[[int, int], None] | None,
+    *,
+    repeats: bool,
 ) -> Calibration:
     wanted = {spec.index for spec in _alike(plan)}
     modules = {module.layer: module for module in offloaded_modules(model).values()}
@@ -100,6 +106,7 @@ def _measure(
         io_depth=options.io_depth,
         run=run,
         generate=lambda prompt, new_tokens, ids: _generate_s(model, wanted, prompt, new_tokens, ids),
+        disk_s=lambda: runtime_of(model).stats().read_s,
         forward_tokens=[n for n in FORWARD_TOKENS if n < longest],
     )
     tell = progress or (lambda done, total: None)
@@ -109,7 +116,7 @@ def _measure(
             subject, here, shape, lambda done, total: tell(before * total + min(done, total - 1), MOST * total)
         )
 
-    found = repeated(once)
+    found = repeated(once) if repeats else once(0)
     tell(1, 1)
     return found
 

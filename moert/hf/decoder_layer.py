@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from moert.kernels.token_layer import TokenLayer
 
 _MAGNITUDES = (1.0, 1e3)
 _PASSED_ON = ("attention_mask", "position_embeddings", "past_key_values", "position_ids", "use_cache")
+
+
+Look = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+"""Called as a hook before a forward."""
 
 
 class DecoderLayerForward(OwnForward):
@@ -40,11 +45,20 @@ class DecoderLayerForward(OwnForward):
         self.chain: LayerChain | None = None
         """The layers that it is one of, if they follow one another, and at which place."""
         self.place = 0
+        self.look: Look | None = None
+        """Is to see what the layer is called with, unless nobody needs to know."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the class's forward."""
         module = self.module()
-        if len(args) == 1 and type(module).forward is self._forward:
+        is_ours = len(args) == 1 and type(module).forward is self._forward
+        if is_ours and self.chain is not None:
+            output = self.chain.run(self.place, args[0], kwargs)
+            if output is not None:
+                return output  # of layers that need nothing but their kernels, and no look ahead
+        if self.look is not None:
+            self.look(module, args, kwargs)
+        if is_ours:
             output = self._run(module, args[0], kwargs)
             if output is not None:
                 return output
@@ -52,10 +66,6 @@ class DecoderLayerForward(OwnForward):
 
     def _run(self, module: nn.Module, x: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
         """As for the whole layer; None, and nothing has happened, if it is not a single token's."""
-        if self.chain is not None:
-            output = self.chain.run(self.place, x, arguments)
-            if output is not None:
-                return output
         token = self._take(module, x, arguments)
         if token is None:
             return None
@@ -72,24 +82,36 @@ class DecoderLayerForward(OwnForward):
         added: torch.Tensor = hidden + rest(normed)
         return added
 
-    def take(
-        self, module: nn.Module, x: Any, arguments: dict[str, Any], before: Token | None
-    ) -> tuple[Whole, Token] | None:
+    def take(self, module: nn.Module, x: Any, arguments: dict[str, Any]) -> tuple[Whole, Token] | None:
         """The token `x` for the layer as a whole, see `TokenAttention.take`; None if it cannot be run so."""
         whole = self._whole
         if whole is None or not whole.is_free() or type(module).forward is not self._forward:
             return None
-        token = self._take(module, x, arguments, before)
+        token = self._take(module, x, arguments)
         return None if token is None else (whole, token)
 
-    def _take(self, module: nn.Module, x: Any, arguments: dict[str, Any], before: Token | None = None) -> Token | None:
+    def note(self, module: nn.Module, parts: Unchanged) -> None:
+        """What `take` asks of `module`, but for the config of its attention."""
+        attention = module._modules[self._attention]
+        assert self._around is not None and self._whole is not None and attention is not None
+        parts.join(self._around)
+        parts.add_entry(vars(module), "forward")
+        self._whole.note(parts)
+        known = vars(attention)["forward"].token
+        known.note(attention, parts)
+
+    def attention_of(self, module: nn.Module) -> Any:
+        """The attention of `module`."""
+        return module._modules[self._attention]
+
+    def _take(self, module: nn.Module, x: Any, arguments: dict[str, Any]) -> Token | None:
         around = self._around
         if around is None or not around.holds:
             if around is not None and around.is_gone:
                 self._forget()
             return None
         attention: Any = module._modules[self._attention]
-        token: Token | None = vars(attention)["forward"].take(attention, x, arguments, before)
+        token: Token | None = vars(attention)["forward"].take(attention, x, arguments)
         return token
 
     def _forget(self) -> None:
@@ -127,6 +149,16 @@ class Whole:
     def is_free(self) -> bool:
         """Whether it is still so, and nobody has to be asked in between."""
         return self._parts.holds and self._known.is_free()
+
+    def note(self, parts: Unchanged) -> None:
+        """All that `is_free` asks."""
+        parts.join(self._parts)
+        self._known.note(parts)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether there is anybody to tell."""
+        return self._known.block.is_watched
 
     def tell(self, normed: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor) -> None:
         """The router has made that of [1, 1, D]: [1, K] twice and [1, E]. Tell who looks at it."""

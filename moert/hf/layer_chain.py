@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moert import _C
+from moert.hf.known_layers import KnownLayers
 from moert.hf.self_attention import Token
 from moert.kernels.token_layer import LayersOutput, run_layers
 
@@ -30,6 +31,8 @@ class LayerChain:
         self._children = layers._modules
         self._names = list(layers._modules)
         self._forwards = forwards
+        self._known: dict[int, KnownLayers] = {}
+        """By the first one's place."""
         self._ahead: _Ahead | None = None
 
     def run(self, place: int, x: Any, arguments: dict[str, Any]) -> torch.Tensor | None:
@@ -49,6 +52,27 @@ class LayerChain:
         return output
 
     def _begin(self, place: int, x: Any, arguments: dict[str, Any]) -> _Ahead | None:
+        known = self._known.get(place)
+        tokens = None if known is None else known.tokens(x, arguments)
+        if known is not None and tokens is not None:
+            wholes: Sequence[Whole] = known.wholes
+        else:
+            wholes, tokens = self._take(place, x, arguments)
+        if len(tokens) < 2:
+            return None
+        cos, sin = tokens[0].arguments[1:3]
+        layers, places = [whole.layer for whole in wholes], [token.arguments[3:] for token in tokens]
+        runtime = wholes[0].runtime
+        output = runtime.run_ahead(
+            [whole.index for whole in wholes[: len(tokens)]],
+            lambda tables: run_layers(layers[: len(tables)], x, cos, sin, places[: len(tables)], tables),
+        )
+        if output is None or not output.experts_s:
+            return None
+        return _Ahead(place, wholes, tokens, output, arguments)
+
+    def _take(self, place: int, x: Any, arguments: dict[str, Any]) -> tuple[list[Whole], list[Token]]:
+        """As many of the layers from `place` on as take the token `x`, and as what."""
         wholes: list[Whole] = []
         tokens: list[Token] = []
         for at in range(place, len(self._names)):
@@ -58,23 +82,17 @@ class LayerChain:
                 break
             if vars(module).get("forward") != forward:
                 break
-            found = forward.take(module, x, arguments, tokens[0] if tokens else None)
+            found = forward.take(module, x, arguments)
             if found is None or (wholes and found[0].runtime is not wholes[0].runtime):
                 break
             wholes.append(found[0])
             tokens.append(found[1])
-        if len(wholes) < 2:
-            return None
-        cos, sin = tokens[0].arguments[1:3]
-        layers, places = [whole.layer for whole in wholes], [token.arguments[3:] for token in tokens]
-        runtime = wholes[0].runtime
-        output = runtime.run_ahead(
-            [whole.index for whole in wholes],
-            lambda tables: run_layers(layers[: len(tables)], x, cos, sin, places[: len(tables)], tables),
-        )
-        if output is None or not output.experts_s:
-            return None
-        return _Ahead(place, wholes, tokens, output, arguments)
+        if len(wholes) > 1:
+            names = self._names[place : place + len(wholes)]
+            forwards = [forward for forward in self._forwards[place : place + len(wholes)] if forward is not None]
+            turned = tokens[0].arguments[1].shape[-1]
+            self._known[place] = KnownLayers(self._children, names, forwards, wholes, turned)
+        return wholes, tokens
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -87,14 +105,13 @@ class _Ahead:
     """What layers give that are still to be called."""
 
     def __init__(
-        self, first: int, wholes: list[Whole], tokens: list[Token], output: LayersOutput, arguments: dict[str, Any]
+        self, first: int, wholes: Sequence[Whole], tokens: list[Token], output: LayersOutput, arguments: dict[str, Any]
     ) -> None:
         self._first, self._wholes, self._tokens, self._output = first, wholes, tokens, output
         self._angles, self._cache = arguments["position_embeddings"], arguments["past_key_values"]
         self._names = arguments.keys()
-        # The model may write to what it is given.
-        self._handed = output.outputs.clone().unbind(0)
-        self._ids = output.ids.unbind(0)
+        self._handed = output.handed.unbind(0)
+        self._picks = output.ids[:, 0].tolist()
         self._taken = 0
 
     @property
@@ -130,9 +147,10 @@ class _Ahead:
         """What the next one gives."""
         at = self._taken
         self._taken += 1
-        whole, ids = self._wholes[at], self._ids[at]
-        whole.runtime.note_ahead(whole.index, ids, self._output.experts_s[at])
+        whole = self._wholes[at]
+        whole.runtime.note_ahead(whole.index, self._picks[at], self._output.experts_s[at])
         self._tokens[at].layer.token_written()
-        output = self._output
-        whole.tell(output.normed[at], ids, output.weights[at], output.logits[at])
+        if whole.is_watched:
+            output = self._output
+            whole.tell(output.normed[at], output.ids[at], output.weights[at], output.logits[at])
         return self._handed[at]

@@ -55,6 +55,8 @@ def limit_of(model: nn.Module, stats: Stats, trace: Trace) -> Limit:
         raise ConfigError("the limit is unknown: this model is not calibrated here; moert doctor MODEL --calibrate")
     # The most slots of any layer: with as many in each the bound can only be lower.
     slots = max(layer.residency.capacity for layer in runtime.layers)
+    record_bytes = max(layer.read_bytes(0) for layer in runtime.layers)
+    reads = done.bytes_read / record_bytes if record_bytes else 0.0
     ran = Ran(
         tokens=done.steps,
         seconds=done.seconds * done.steps / done.tokens,
@@ -62,8 +64,10 @@ def limit_of(model: nn.Module, stats: Stats, trace: Trace) -> Limit:
         misses=done.misses,
         stall_s=done.stall_s,
         compute_s=done.compute_s,
+        reads=reads,
     )
     least = fewest_misses(source, slots, Setup(bypass=True)) or 0
+    # What a prompt has read ahead is no read of the tokens after it.
     return limit(
-        ran, least_misses=min(least, ran.misses), costs=found.costs(), other_s=found.dense_s(1) + found.steps_s(1)
+        ran, least_misses=min(least, int(reads)), costs=found.costs(), other_s=found.dense_s(1) + found.steps_s(1)
     )

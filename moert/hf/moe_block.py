@@ -63,10 +63,15 @@ class MoeBlock(NamedTuple):
         hooks = (*self.gate._forward_hooks.values(), *self.experts._forward_pre_hooks.values())
         return not hooks or all(getattr(hook, "only_looks", False) for hook in hooks)
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether there is anybody to tell."""
+        return bool(self.gate._forward_hooks or self.experts._forward_pre_hooks)
+
     def tell(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, logits: torch.Tensor) -> None:
         """The router has made that of `x` [1, D]: [1, K] twice and [1, E]."""
         gate, experts = self.gate, self.experts
-        if not gate._forward_hooks and not experts._forward_pre_hooks:
+        if not self.is_watched:
             return
         outputs = self.router.outputs(ids, weights, logits)
         for hook in list(gate._forward_hooks.values()):

@@ -21,7 +21,7 @@ from moert.hf.experts import OffloadedExperts
 from moert.hf.layers import Layers, make_layers
 from moert.hf.model import is_marked, mark, offloaded_modules, runtime_of, unmark
 from moert.hf.quantizer import forget_quantizer
-from moert.hf.router_weights import look_ahead, look_no_more
+from moert.hf.router_weights import look_ahead, look_from_forwards, look_no_more
 from moert.runtime.building import runtime_in_parameters, runtime_in_slots, slots_planned
 from moert.runtime.device_layer import is_device
 from moert.runtime.preload import Progress
@@ -128,6 +128,7 @@ def patch(
             unpatch(model)
             raise
     take_over(model, config.dense_kernels)
+    look_from_forwards(model)
     warn_of_fallbacks(runtime)
     return model
 

@@ -28,7 +28,7 @@ from moert.hf.experts import OffloadedExperts
 from moert.hf.layers import Layers, make_layers, tied_modules
 from moert.hf.model import close, mark
 from moert.hf.packed import Pack, open_pack
-from moert.hf.router_weights import look_ahead
+from moert.hf.router_weights import look_ahead, look_from_forwards
 from moert.hf.source import CheckpointSource, checkpoint_records, read_checkpoint
 from moert.runtime.building import runtime_in_slots
 from moert.runtime.pack_file import MANIFEST
@@ -171,6 +171,7 @@ class MoertQuantizer(HfQuantizer):
         mark(model, runtime, leave=close)
         look_ahead(model, runtime)
         take_over(model, self._config.dense_kernels)
+        look_from_forwards(model)
         return model
 
 

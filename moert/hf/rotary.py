@@ -9,6 +9,7 @@ import torch
 
 from moert.hf.own_forward import is_differentiated
 from moert.hf.rebinding import names_in
+from moert.hf.unchanged import Unchanged
 from moert.kernels.cpu import HALVES
 from moert.kernels.rotary import rotate
 
@@ -24,6 +25,10 @@ class Embedding:
     def turns(self, n_angles: int, width: int) -> bool:
         """Whether the kernel is what turns heads of `width` numbers by so many angles."""
         return self._names[NAME] is self._tried and (n_angles == width or not self._whole)
+
+    def note(self, parts: Unchanged) -> None:
+        """What the module's code has under the name."""
+        parts.add_entry(self._names, NAME)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         function = self._names[NAME]

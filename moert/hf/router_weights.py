@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from moert.hf.decoder_layer import DecoderLayerForward
 from moert.hf.forwards import Forward, ForwardWatch
 from moert.hf.model import offloaded_modules
 from moert.predictors._choice import make_predictor, read_predictor
@@ -108,7 +110,7 @@ def look_ahead(model: nn.Module, runtime: OffloadRuntime) -> None:
     for path, module in offloaded_modules(model).items():
         block = block_of(model, path)
         if block is not None and routers[module.layer] is not None and type(predictor).enter is not Predictor.enter:
-            hooks.append(block.register_forward_pre_hook(_Enter(runtime, module.layer), with_kwargs=True))
+            hooks.append(_EntryHook(block, _Enter(runtime, module.layer)))
     model.__dict__[_HOOKS] = hooks
 
 
@@ -140,6 +142,24 @@ def predicted_model(
         name=name,
         config_hash=config_hash(config),
     )
+
+
+def look_from_forwards(model: nn.Module) -> None:
+    """Have blocks whose forward is moert's own tell from there what they are given: torch calls a module with hooks in
+    a longer way."""
+    model.__dict__[_HOOKS] = [_in_forward(hook) for hook in model.__dict__.get(_HOOKS, ())]
+
+
+def _in_forward(hook: Any) -> Any:
+    if not isinstance(hook, _EntryHook):
+        return hook
+    block, enter = hook.block(), hook.enter
+    forward = None if block is None else vars(block).get("forward")
+    if not isinstance(forward, DecoderLayerForward):
+        return hook
+    hook.remove()
+    forward.look = enter
+    return _EntryForward(forward)
 
 
 def look_no_more(model: nn.Module) -> None:
@@ -178,9 +198,29 @@ class _Enter:
         self._layer = layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ahead = self._runtime.look_ahead
-        if ahead is None or not ahead.enters(self._layer):
+        if not self._runtime.enters(self._layer):
             return
         hidden = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden, torch.Tensor) and hidden.is_floating_point() and hidden.dim() > 1 and hidden.is_cpu:
             self._runtime.enter(self._layer, hidden.detach().reshape(-1, hidden.shape[-1]))
+
+
+class _EntryHook:
+    """Has torch call `enter` before a block."""
+
+    def __init__(self, block: nn.Module, enter: _Enter) -> None:
+        self.block, self.enter = weakref.ref(block), enter
+        self._handle = block.register_forward_pre_hook(enter, with_kwargs=True)
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+
+class _EntryForward:
+    """A block's own forward that looks."""
+
+    def __init__(self, forward: DecoderLayerForward) -> None:
+        self._forward = forward
+
+    def remove(self) -> None:
+        self._forward.look = None

@@ -36,8 +36,6 @@ class Token(NamedTuple):
 
     arguments: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
     layer: GrowingLayer
-    config: Any
-    """Of the attention that took it."""
 
 
 class TokenAttention:
@@ -46,33 +44,38 @@ class TokenAttention:
     def __init__(self, parts: Unchanged, attention: SelfAttention, embedding: Embedding) -> None:
         self.parts, self.attention, self._embedding = parts, attention, embedding
 
-    def take(self, module: Any, x: Any, arguments: dict[str, Any], before: Token | None = None) -> Token | None:
+    def take(self, module: Any, x: Any, arguments: dict[str, Any]) -> Token | None:
         """The token `x` [1, 1, D]; None if the module's own code has to run.
 
         Args:
             arguments: what the module is called with beside `x`, by name.
-            before: what another layer's attention made of the same arguments just now, which then need no other look.
         """
-        if before is None:
-            angles = _angles(x, arguments)
-            if angles is None or ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward:
-                return None
-        else:
-            angles = before.arguments[1:3]
-        config = module.config
+        angles = angles_of(x, arguments)
         if (
-            module.training
-            or ((before is None or before.config is not config) and config._attn_implementation != "sdpa")
+            angles is None
+            or module.training
+            or module.config._attn_implementation != "sdpa"
             or not self._embedding.turns(angles[0].shape[-1], self.attention.width)
             or not self.parts.holds
         ):
             return None
-        layer = _layer_of(arguments["past_key_values"], module.layer_idx)
-        place = None if layer is None else layer.room_for_token()
-        return None if layer is None or place is None else Token((x, *angles, *place), layer, config)
+        return token_of(x, angles, arguments["past_key_values"], module.layer_idx)
+
+    def note(self, module: Any, parts: Unchanged) -> None:
+        """What `take` asks of `module`, but for its config."""
+        parts.join(self.parts)
+        parts.add_entry(vars(module), "training")
+        self._embedding.note(parts)
 
 
-def _angles(x: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+def token_of(x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cache: Any, index: int) -> Token | None:
+    """The token for the layer at `index`, if the cache has room for it there."""
+    layer = _layer_of(cache, index)
+    place = None if layer is None else layer.room_for_token()
+    return None if layer is None or place is None else Token((x, *angles, *place), layer)
+
+
+def angles_of(x: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
     """cos and sin, if kernels may compute a token with these arguments."""
     angles = arguments.get("position_embeddings")
     if type(angles) is not tuple or len(angles) != 2 or not isinstance(arguments.get("past_key_values"), Cache):
@@ -87,6 +90,7 @@ def _angles(x: Any, arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tens
         or torch.is_autocast_enabled("cpu")
         or is_differentiated(x)
         or not _say_nothing(arguments)
+        or ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward
     ):
         return None
     return cos, sin
@@ -113,12 +117,12 @@ class SelfAttentionForward(AttentionForward):
                     return found[0], None
         return super().__call__(*args, **kwargs)
 
-    def take(self, module: nn.Module, x: Any, arguments: dict[str, Any], before: Token | None = None) -> Token | None:
+    def take(self, module: nn.Module, x: Any, arguments: dict[str, Any]) -> Token | None:
         """See `TokenAttention.take`."""
         known = self.token
         if known is None or type(module).forward is not self._forward:
             return None
-        token = known.take(module, x, arguments, before)
+        token = known.take(module, x, arguments)
         if token is None and known.parts.is_gone:
             self.token = None
         return token

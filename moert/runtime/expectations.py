@@ -54,6 +54,10 @@ class Expectations:
                     wrong.add(expert)
         return wrong
 
+    def forget(self) -> None:
+        """The coming steps, of which nothing is to be learned."""
+        self._open = {}
+
     def expected(self, layer: int) -> set[ExpertId]:
         """What all looks at the coming step of `layer` have named, of what was not resident then."""
         return {expert for told in self._open.get(layer, {}).values() for expert in told}

@@ -72,6 +72,10 @@ class IdleTimes:
             self._entered[layer] = passed if before_s is None else before_s + SHARE * (passed - before_s)
         self._now, self._entry = (layer, now), None
 
+    def pause(self) -> None:
+        """The next event does not follow the latest."""
+        self._now = self._entry = None
+
     def enter(self, layer: int, now: float) -> None:
         """The block that holds `layer` begins."""
         self._entry = (layer, now)

@@ -67,15 +67,20 @@ class LookAhead:
         self._expectations = Expectations()
         self._idle = IdleTimes(len(layers))
         self._hint: Ints | None = None
+        self._is_resting = False
         self._passes = 0
         self._observes = type(predictor).observe is not Predictor.observe
         self._has_step = type(predictor).step is not Predictor.step
+        self._has_passes = any(
+            getattr(type(predictor), name) is not getattr(Predictor, name) for name in ("begin_sequence", "begin_pass")
+        )
         ahead = [layer.residency.policy.tokens_ahead for layer in layers]
         self._ahead = ahead if predictor.gives_probabilities else [0] * len(layers)
         """Tokens ahead that each layer's policy wants to know of."""
 
     def begin(self, layer: int, needed: Collection[ExpertId], n_tokens: int = 1) -> None:
         """A step of `layer` needs these experts: learn from it, and give up on the others that were expected."""
+        self._is_resting = False
         self._guard.begin_layer(layer)
         if layer == 0:
             self._passes += 1
@@ -170,6 +175,20 @@ class LookAhead:
         if self._last is not None and n_tokens == self._last[0] <= MOST_TOKENS and not self._is_complete(0):
             self._trial.note(now - self._last[1])
         self._last = (n_tokens, now)
+
+    def rest(self) -> bool:
+        """A token goes through all layers, in none of which there is anything to do: whether `begin` may go without."""
+        if self._has_passes:
+            return False  # what it does there is to be held against what the layers take
+        self._passes += 1
+        if not self._is_resting:
+            self._is_resting = True
+            # The time until a step begins again is not that between two layers.
+            self._last = None
+            self._idle.pause()
+            self._guard.pause()
+            self._expectations.forget()
+        return True
 
     def rests(self, layer: int) -> bool:
         """Whether `step` would do nothing."""

@@ -51,7 +51,7 @@ def run_whole_layer(
     table = layer.table() if is_plain and can_run_whole(layer, pipeline, look_ahead) else None
     found = kernel.run(*arguments, table)
     if found is not None and found.output is not None:
-        count_whole(layer, found.ids, found.experts_s, look_ahead)
+        count_whole(layer, found.ids.tolist()[0], found.experts_s, look_ahead)
     return found
 
 
@@ -60,9 +60,9 @@ def can_run_whole(layer: LayerCache, pipeline: Pipeline, look_ahead: LookAhead |
     return not pipeline.busy and (look_ahead is None or look_ahead.rests(layer.spec.index))
 
 
-def count_whole(layer: LayerCache, ids: torch.Tensor, experts_s: float, look_ahead: LookAhead | None) -> None:
-    """A token's picks [1, K] have been computed, all of them resident."""
-    event = [layer.ids[expert] for expert in sorted(ids.tolist()[0])]
+def count_whole(layer: LayerCache, picks: list[int], experts_s: float, look_ahead: LookAhead | None) -> None:
+    """A token's K picks have been computed, all of them resident."""
+    event = [layer.ids[expert] for expert in sorted(picks)]
     layer.residency.hit(event)
     layer.stats.hits += len(event)
     layer.stats.compute_s += experts_s

@@ -89,6 +89,10 @@ class PredictorGuard:
             self._end_pass()
         self._last, self._called_s, self._longest = now, 0.0, (0.0, "")
 
+    def pause(self) -> None:
+        """The next layer does not follow the latest."""
+        self._last = None
+
     def begin_sequence(self) -> None:
         """See `Predictor.begin_sequence`."""
         self._call("begin_sequence", self._predictor.begin_sequence)

@@ -74,6 +74,8 @@ class OffloadRuntime(UsedAlone):
         """Prefetches what the next layers are expected to need; None: nothing is predicted."""
         self.device: DeviceTier | None = None
         """The tier above host memory; `attach` sets it."""
+        self._all_rest = False
+        """Whether the latest `run_ahead` was of all layers, and no predictor need be told."""
         self._closed: str | None = None
         self._read_s_before = 0.0
         self._read_s_at_reset = 0.0
@@ -183,18 +185,19 @@ class OffloadRuntime(UsedAlone):
             if table is None:
                 break
             tables.append(table)
+        self._all_rest = len(tables) == len(self.layers) and (self.look_ahead is None or self.look_ahead.rest())
         return run(tables) if len(tables) > 1 else None
 
     @whole
-    def note_ahead(self, layer: int, ids: torch.Tensor, experts_s: float) -> None:
-        """A token's picks [1, K] in a layer that `run_ahead` ran, as its turn has come.
+    def note_ahead(self, layer: int, picks: list[int], experts_s: float) -> None:
+        """A token's K picks in a layer that `run_ahead` ran, as its turn has come.
 
         Raises:
             MoertError: the runtime has been closed.
         """
         if layer == 0:
             self._pace.begin(1)
-        count_whole(self.layers[layer], ids, experts_s, self.look_ahead)
+        count_whole(self.layers[layer], picks, experts_s, None if self._all_rest else self.look_ahead)
 
     @whole
     def run_on_device(
@@ -213,6 +216,11 @@ class OffloadRuntime(UsedAlone):
         cache = self.layers[layer]
         assert isinstance(cache, DeviceLayer)
         return cache.run(own_forward, hidden, top_k_index, top_k_weights)
+
+    def enters(self, layer: int) -> bool:
+        """Whether `enter` would do anything; asked at any time, without waiting for another use."""
+        # Half-written books say nothing; `enter` puts them in order first.
+        return self.look_ahead is not None and (self._torn or self.look_ahead.enters(layer))
 
     @whole
     def enter(self, layer: int, residual: torch.Tensor) -> None:
