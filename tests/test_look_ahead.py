@@ -230,7 +230,8 @@ def test_the_next_forward_after_an_interrupt_in_the_books_is_right(tiny_olmoe: P
         runtime = runtime_of(model)
         for layer in runtime.layers:
             # As between the two lines of `Residency` that note an arrival and its slot.
-            layer.residency._arriving.update(ExpertId(layer.spec.index, expert) for expert in range(layer.spec.num_experts))
+            experts = range(layer.spec.num_experts)
+            layer.residency._arriving.update(ExpertId(layer.spec.index, expert) for expert in experts)
         runtime._torn = True
         assert torch.equal(model(prompt).logits, right)
         assert not any(layer.residency.arriving for layer in runtime.layers)
