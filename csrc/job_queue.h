@@ -77,6 +77,8 @@ class JobQueue {
 
     void lock_for_fork();
     void unlock_after_fork();
+    // In a fork, which has no other thread than the one that forked: nobody else is within a task.
+    void forget_callers() { callers_.store(0); }
 
   private:
     void recycle(Job* job);

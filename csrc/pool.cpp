@@ -64,6 +64,7 @@ void Pool::after_fork_in_parent() {
 
 void Pool::after_fork_in_child() {
     if (!pool.workers_.empty()) pool.forked_.store(true);
+    pool.jobs_.forget_callers();
     pool.jobs_.unlock_after_fork();
 }
 

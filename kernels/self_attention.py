@@ -21,6 +21,10 @@ class Projections(NamedTuple):
     o: Projection
 
 
+Angles = tuple[int, int, int]
+"""Addresses of cosines and sines, and how many there are of either."""
+
+
 class SelfAttention:
     """An attention of H query heads that share G heads of keys and values, W numbers each.
 
@@ -102,7 +106,8 @@ class SelfAttention:
         y = torch.empty_like(x)
         normed = torch.empty_like(x) if self._is_followed else None
         normed_at = None if normed is None else normed.data_ptr()
-        arguments = self.arguments(x.data_ptr(), cos, sin, keys, values, tokens, y.data_ptr(), normed_at)
+        angles = self.angles(cos, sin)
+        arguments = angles and self.arguments(x.data_ptr(), angles, keys, values, tokens, y.data_ptr(), normed_at)
         if arguments is None:
             return None
         _C.attend_token(self.capsule, arguments)
@@ -115,11 +120,23 @@ class SelfAttention:
             x.dtype is self.dtype and x.shape[-1] == hidden and x.numel() == hidden and x.is_contiguous() and x.is_cpu
         )
 
+    def angles(self, cos: torch.Tensor, sin: torch.Tensor) -> Angles | None:
+        """Where they are, and how many, if the kernel is for them."""
+        dtype, turned = self.dtype, cos.numel()
+        if (
+            not (cos.dtype is sin.dtype is dtype)
+            or not (cos.is_contiguous() and sin.is_contiguous() and cos.is_cpu and sin.is_cpu)
+            or not turned == cos.shape[-1] == sin.shape[-1] == sin.numel()
+            or turned % 2
+            or not turned
+        ):
+            return None
+        return cos.data_ptr(), sin.data_ptr(), turned
+
     def arguments(
         self,
         x: int,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        angles: Angles,
         keys: torch.Tensor,
         values: torch.Tensor,
         tokens: int,
@@ -128,24 +145,14 @@ class SelfAttention:
     ) -> tuple[Any, ...] | None:
         """What the extension takes of a token: see `run`; None where the kernel is not for these tensors.
 
-        `x`, `y` and `normed` are addresses of memory like a token that it `takes`.
+        `angles` are of an attention of the same dtype; `x`, `y` and `normed` are addresses of memory like a token that it `takes`.
         """
-        dtype, turned = self.dtype, cos.numel()
-        if (
-            not (cos.dtype is sin.dtype is dtype)
-            or not (cos.is_contiguous() and sin.is_contiguous() and cos.is_cpu and sin.is_cpu)
-            or not turned == cos.shape[-1] == sin.shape[-1] == sin.numel()
-            or turned % 2
-            or not 0 < turned <= self.width
-            or not (self._has_room(keys, tokens) and self._has_room(values, tokens))
-        ):
+        if angles[2] > self.width or not (self._has_room(keys, tokens) and self._has_room(values, tokens)):
             return None
         k_steps, v_steps = keys.stride(), values.stride()
         return (
             x,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            turned,
+            *angles,
             (keys.data_ptr(), k_steps[1], k_steps[2]),
             (values.data_ptr(), v_steps[1], v_steps[2]),
             tokens,

@@ -70,7 +70,10 @@ class TokenLayer:
         if not self.attention.takes(x):
             return None
         y, normed, output = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-        token = self.attention.arguments(x.data_ptr(), cos, sin, keys, values, tokens, y.data_ptr(), normed.data_ptr())
+        attention, angles = self.attention, self.attention.angles(cos, sin)
+        token = angles and attention.arguments(
+            x.data_ptr(), angles, keys, values, tokens, y.data_ptr(), normed.data_ptr()
+        )
         if token is None:
             return None
         picks = Picks(self.block, x)
@@ -120,7 +123,8 @@ def run_layers(
     Returns:
         None, and nothing is written, where the kernel is not for these tensors.
     """
-    if not layers[0].attention.takes(x):
+    angles = layers[0].attention.angles(cos, sin)
+    if angles is None or not layers[0].attention.takes(x):
         return None
     count = len(layers)
     outputs, handed, normed = x.new_empty((3, count, *x.shape)).unbind(0)
@@ -131,7 +135,7 @@ def run_layers(
     step, before = x.numel() * x.element_size(), x.data_ptr()
     calls = []
     for i, (layer, place, table) in enumerate(zip(layers, places, experts, strict=True)):
-        token = layer.attention.arguments(before, cos, sin, *place, hidden_at, normed_at + i * step)
+        token = layer.attention.arguments(before, angles, *place, hidden_at, normed_at + i * step)
         if token is None:
             return None
         before = outputs_at + i * step

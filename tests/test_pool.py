@@ -271,6 +271,19 @@ def test_a_fork_without_workers_to_lose_computes() -> None:
     assert output == "child ended with 60\n60\n"
 
 
+def test_a_fork_while_another_thread_computes_alone_ends() -> None:
+    """The other thread is not in the fork, which has no workers to refuse for either."""
+    before = """
+import threading
+other = threading.Thread(target=lambda: [_C.pool_probe(1, 1, 20_000_000) for _ in range(20)])
+other.start()
+time.sleep(0.05)
+"""
+    code = FORK.format(before=before, inside="sys.exit(0)").replace("_, status", "other.join()\n_, status")
+    output = run_python(code, MOERT_THREADS="1")
+    assert output == "child ended with 0\n60\n"
+
+
 def test_forks_while_threads_compute() -> None:
     """Whatever lock another thread held at the fork, the child gets its error, and ends."""
     code = """

@@ -180,6 +180,17 @@ def test_a_fetch_waits_for_the_chunk_that_is_on_its_way() -> None:
     assert without.seconds == 13
 
 
+def test_the_bounds_know_that_many_reads_may_take_less_each() -> None:
+    """Events of 4 misses, and one of 1 miss: the disk is busy for 4 * 0.25 s in each, and 1 s in the last."""
+    costs = Costs(Curve.constant(0.001), read_s=1.0, read_few=2, read_many_s=0.25)
+    events = [[list(range(4 * step, 4 * step + 4))] for step in range(3)]
+    found = simulate_time(trace_of([16], [*events, [[15]]], top_k=4), "lru", 4, costs, count="all")
+    assert found.fetched == 13
+    assert found.link_s == pytest.approx(3 * 4 * 0.25 + 1.0)
+    assert found.bound_s <= found.own_bound_s == pytest.approx(13 * 0.25)
+    assert found.own_bound_s <= found.seconds
+
+
 def test_the_first_tokens_of_a_trace() -> None:
     trace = trace_of([3], [[[0]]] * 5, [[[1]]] * 5, top_k=1)
     for most, lengths in ((3, [3]), (5, [5]), (7, [5, 2]), (99, [5, 5])):

@@ -21,7 +21,7 @@ from moert.runtime.device_layer import DeviceLayer, Forward
 from moert.runtime.host_tier import HostTier, Resized
 from moert.runtime.layer import LayerCache, SlotLayer
 from moert.runtime.look_ahead import LookAhead
-from moert.runtime.one_token import TokenArguments, TokenKernel, can_run_whole, count_whole, run_whole_layer
+from moert.runtime.one_token import TokenArguments, TokenKernel, count_whole, run_whole_layer
 from moert.runtime.pace import Pace
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.records import RecordSource
@@ -178,13 +178,15 @@ class OffloadRuntime(UsedAlone):
         if self._sizing is not None:
             self._sizing.relieve()
         tables: list[ExpertTable] = []
-        for layer in layers:
-            cache = self.layers[layer]
-            is_plain = self.device is None and not self.config.debug
-            table = cache.table() if is_plain and can_run_whole(cache, self.pipeline, self.look_ahead) else None
-            if table is None:
-                break
-            tables.append(table)
+        if self.device is None and not self.config.debug and not self.pipeline.busy:
+            for layer in layers:
+                table = self.layers[layer].table()
+                if table is None:
+                    break
+                tables.append(table)
+            # Between two layers that have everything there is nothing to look for.
+            if tables and self.look_ahead is not None and not self.look_ahead.rests(layers[len(tables) - 1]):
+                tables.pop()
         self._all_rest = len(tables) == len(self.layers) and (self.look_ahead is None or self.look_ahead.rest())
         return run(tables) if len(tables) > 1 else None
 
@@ -293,8 +295,9 @@ class OffloadRuntime(UsedAlone):
         """
         cache = self.layers[layer]
         identity = ExpertId(layer, expert)
-        self.pipeline.demand(cache.residency.begin([identity]).misses)
+        misses = cache.residency.begin([identity]).misses
         try:
+            self.pipeline.demand(misses)
             while identity not in cache.residency:
                 self.pipeline.pump()
                 self.pipeline.wait()

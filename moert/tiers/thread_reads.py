@@ -25,6 +25,11 @@ from moert.tiers.read import (
 )
 
 
+LOOK_S = 60.0
+"""An idle thread looks so often whether its reader is closed: one that shut it down itself, on its way to sleep, has
+woken nobody."""
+
+
 class _State(enum.Enum):
     QUEUED = enum.auto()
     RUNNING = enum.auto()
@@ -130,8 +135,8 @@ class ThreadReads:
         self._clock = clock
         self._pid = os.getpid()
         # Threads that may be interrupted enter by the lock itself; whoever is interrupted on the way into a condition
-        # never leaves it.
-        self._lock = threading.Lock()
+        # never leaves it. A thread may have it already when the garbage collector has it shut a forgotten reader down.
+        self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._running: set[ThreadHandle] = set()
         self._queues: dict[Priority, deque[ThreadHandle]] = {priority: deque() for priority in Priority}
@@ -262,7 +267,8 @@ class ThreadReads:
                         self._running.add(handle)
                         _C.busy_enter(self._clock)
                         return handle
-                    self._changed.wait()
+                    if not self.closed:
+                        self._changed.wait(LOOK_S)
             finally:
                 self._idle -= 1
         return None
