@@ -44,7 +44,8 @@ PyObject* py_holds(PyObject*, PyObject* list) {
     const Py_ssize_t count = PyList_Size(list);
     fetch_tables(list, count);
     for (Py_ssize_t i = 0; i < count; i += 3) {
-        PyObject *of = PyList_GetItem(list, i), *key = PyList_GetItem(list, i + 1), *value = PyList_GetItem(list, i + 2);
+        PyObject *of = PyList_GetItem(list, i), *key = PyList_GetItem(list, i + 1),
+                 *value = PyList_GetItem(list, i + 2);
         if (!PyDict_Check(of)) {
             PyErr_Format(PyExc_TypeError, "a dict is wanted, not %R", of);
             return nullptr;
@@ -96,8 +97,10 @@ PyObject* py_same_bytes(PyObject*, PyObject* args) {
 
 PyMethodDef identity_methods[] = {
     {"holds", py_holds, METH_O,
-     "holds(entries) -> bool\n\nWhether, of each dict, key and value that follow one another in a list, the dict has that "
-     "very object under the key; nothing, where the value is the dict itself; or has so many entries, where the key is None."},
+     "holds(entries) -> bool\n\nWhether, of each dict, key and value that follow one another in a list, the dict has "
+     "that "
+     "very object under the key; nothing, where the value is the dict itself; or has so many entries, where the key is "
+     "None."},
     {"are_at", py_are_at, METH_O,
      "are_at(tensors) -> bool\n\nWhether, of each tensor and address that follow one another in a list, the tensor's "
      "numbers begin there."},

@@ -98,7 +98,8 @@ PyMethodDef token_layer_methods[] = {
     {"token_layer", py_token_layer, METH_VARARGS,
      "token_layer(attention, block) -> capsule\n\nA layer as run_layers needs it."},
     {"run_layers", py_run_layers, METH_O,
-     "run_layers(layers) -> seconds\n\nOne token through layers, each (layer, token, block token, copy), in their order; see "
+     "run_layers(layers) -> seconds\n\nOne token through layers, each (layer, token, block token, copy), in their "
+     "order; see "
      "token_layer.h. token is as for attend_token, block token as for run_block, copy an address that a layer's output "
      "goes to as well, or None. Returns what the experts of each "
      "took, below 0 if they were not computed; no layer after that has run. Blocks, without the GIL."},

@@ -24,10 +24,31 @@ size_t index_of(ReadClass kind) {
 
 }  // namespace
 
+std::vector<Share> share_out(const std::vector<Part>& parts) {
+    std::vector<Share> shares;
+    std::vector<std::vector<Chunk>> chunks;
+    for (size_t i = 0; i < parts.size(); i++) {
+        const uint64_t device = parts[i].identity.device;
+        const auto share =
+            std::find_if(shares.begin(), shares.end(), [&](const Share& other) { return other.device == device; });
+        const auto number = static_cast<size_t>(share - shares.begin());
+        if (share == shares.end()) {
+            shares.push_back({device, nullptr, 0});
+            chunks.emplace_back();
+        }
+        const std::vector<Chunk> more = cut(parts[i], i);
+        chunks[number].insert(chunks[number].end(), more.begin(), more.end());
+    }
+    for (size_t i = 0; i < shares.size(); i++) {
+        shares[i].chunks = std::make_shared<const std::vector<Chunk>>(std::move(chunks[i]));
+    }
+    return shares;
+}
+
 uint64_t Record::nbytes_begun() const {
     uint64_t nbytes = 0;
     for (const Share& share : shares) {
-        for (size_t i = 0; i < share.begun; i++) nbytes += share.chunks[i].nbytes;
+        for (size_t i = 0; i < share.begun; i++) nbytes += (*share.chunks)[i].nbytes;
     }
     return nbytes;
 }
@@ -72,68 +93,93 @@ bool Reader::start_thread(Disk& disk) {
     return disk.threads.size() > number;
 }
 
-// Sees to it that as many threads look at the queues of the disk as can begin something.
-void Reader::call_threads(Disk& disk) {
+// How many chunks of the disk may be begun now.
+size_t Reader::beginnable(const Disk& disk) {
     const auto limit = [](int lanes, int busy) { return static_cast<size_t>(std::max(lanes - busy, 0)); };
     const size_t guesses = std::min(disk.guesses, limit(disk.lanes.guesses, disk.guessing));
-    const size_t wanted = std::min(disk.demands + guesses, limit(disk.lanes.all, disk.busy));
-    for (size_t i = 0; i < std::min(wanted, static_cast<size_t>(disk.idle)); i++) disk.changed.notify_one();
+    return std::min(disk.demands + guesses, limit(disk.lanes.all, disk.busy));
+}
+
+// Sees to it that there are as many threads as can begin something; how many that sleep are to be woken for it, best
+// without the mutex. All at once: a disk that gets its reads one after the other gives less.
+size_t Reader::sleepers(Disk& disk) {
+    const size_t wanted = beginnable(disk);
     while (disk.threads.size() - static_cast<size_t>(disk.busy + disk.ending) < wanted && start_thread(disk)) {
     }
+    return std::min(wanted, static_cast<size_t>(disk.idle));
+}
+
+void Reader::wake(Disk& disk, size_t count) {
+    for (size_t i = 0; i < count; i++) disk.changed.notify_one();
 }
 
 void Reader::push(const std::shared_ptr<Record>& record, size_t number) {
-    const Record::Share& share = record->shares[number];
+    const Share& share = record->shares[number];
     Disk& disk = disk_of(share.device);
     disk.queues[index_of(record->kind)].push_back({record, number});
-    waiting(disk, record->kind) += share.chunks.size() - share.begun;
-    call_threads(disk);
+    waiting(disk, record->kind) += share.chunks->size() - share.begun;
+}
+
+std::vector<std::shared_ptr<Record>> Reader::submit(std::vector<Wanted> wanted, ReadClass kind) {
+    refuse_fork();
+    std::vector<std::shared_ptr<Record>> records;
+    records.reserve(wanted.size());
+    for (Wanted& one : wanted) {
+        auto record = std::make_shared<Record>();
+        record->parts = std::move(one.parts);
+        record->nbytes = one.nbytes;
+        record->kind = kind;
+        record->after = std::move(one.after);
+        record->shares = one.shares.empty() ? share_out(record->parts) : std::move(one.shares);
+        for (const Share& share : record->shares) record->unfinished += share.chunks->size();
+        records.push_back(std::move(record));
+    }
+    std::vector<std::pair<Disk*, size_t>> disks;  // and how many threads to wake
+    {
+        const Lock lock(mutex_);
+        if (closing_) throw ReaderError("the reader is closed");
+        for (const auto& record : records) {
+            if (record->shares.empty()) record->outcome.settle(ReadState::kWhole);
+            for (size_t i = 0; i < record->shares.size(); i++) {
+                push(record, i);
+                Disk* disk = &disk_of(record->shares[i].device);
+                const auto known = [&](const std::pair<Disk*, size_t>& other) { return other.first == disk; };
+                if (std::none_of(disks.begin(), disks.end(), known)) disks.push_back({disk, 0});
+            }
+        }
+        for (auto& [disk, count] : disks) {
+            count = sleepers(*disk);
+            if (disk->threads.empty() && disk->lanes.all > 0) {
+                // Nothing has been begun: that takes the mutex.
+                for (const auto& record : records) withdraw(*record);
+                throw ReaderError("the system gives no thread to read with");
+            }
+        }
+    }
+    for (const auto& [disk, count] : disks) wake(*disk, count);
+    return records;
 }
 
 std::shared_ptr<Record> Reader::submit(std::vector<Part> parts, uint64_t record_bytes, ReadClass kind,
                                        AfterRead after) {
-    refuse_fork();
-    auto record = std::make_shared<Record>();
-    record->parts = std::move(parts);
-    record->nbytes = record_bytes;
-    record->kind = kind;
-    record->after = std::move(after);
-    for (size_t i = 0; i < record->parts.size(); i++) {
-        const Part& part = record->parts[i];
-        auto share = std::find_if(record->shares.begin(), record->shares.end(),
-                                  [&](const Record::Share& other) { return other.device == part.identity.device; });
-        if (share == record->shares.end()) share = record->shares.insert(share, {part.identity.device, {}, 0});
-        const std::vector<Chunk> chunks = cut(part, i);
-        share->chunks.insert(share->chunks.end(), chunks.begin(), chunks.end());
-        record->unfinished += chunks.size();
-    }
-    const Lock lock(mutex_);
-    if (closing_) throw ReaderError("the reader is closed");
-    if (record->shares.empty()) record->outcome.settle(ReadState::kWhole);
-    for (size_t i = 0; i < record->shares.size(); i++) {
-        push(record, i);
-        const Disk& disk = disk_of(record->shares[i].device);
-        if (disk.threads.empty() && disk.lanes.all > 0) {
-            withdraw(*record);
-            throw ReaderError("the system gives no thread to read with");
-        }
-    }
-    return record;
+    std::vector<Wanted> wanted;
+    wanted.push_back({std::move(parts), {}, record_bytes, std::move(after)});
+    return submit(std::move(wanted), kind).front();
 }
 
 // Takes what has not been begun off the queues, and returns how many chunks that were.
 size_t Reader::withdraw(Record& record) {
     size_t chunks = 0;
-    for (Record::Share& share : record.shares) {
-        if (share.begun == share.chunks.size()) continue;
+    for (Share& share : record.shares) {
+        if (share.begun == share.chunks->size()) continue;
         Disk& disk = disk_of(share.device);
         auto& queue = disk.queues[index_of(record.kind)];
         const auto place = std::find_if(queue.begin(), queue.end(),
                                         [&](const Queued& queued) { return queued.record.get() == &record; });
         if (place == queue.end()) continue;
         queue.erase(place);
-        waiting(disk, record.kind) -= share.chunks.size() - share.begun;
-        chunks += share.chunks.size() - share.begun;
+        waiting(disk, record.kind) -= share.chunks->size() - share.begun;
+        chunks += share.chunks->size() - share.begun;
     }
     return chunks;
 }
@@ -150,7 +196,8 @@ bool Reader::cancel(const std::shared_ptr<Record>& record) {
 bool Reader::give_up(const std::shared_ptr<Record>& record) {
     refuse_fork();
     const Lock lock(mutex_);
-    if (record->outcome.state() != ReadState::kUnderWay || record->failed) return false;
+    // The thread that ends a record writes to it without the mutex.
+    if (record->outcome.state() != ReadState::kUnderWay || record->unfinished == 0 || record->failed) return false;
     const size_t chunks = withdraw(*record);
     if (chunks == 0) return false;
     record->unfinished -= chunks;
@@ -166,13 +213,17 @@ bool Reader::promote(const std::shared_ptr<Record>& record) {
     if (record->given_up) {
         if (record->unfinished == 0 || record->failed) return false;
         record->given_up = false;
-        for (const Record::Share& share : record->shares) record->unfinished += share.chunks.size() - share.begun;
+        for (const Share& share : record->shares) record->unfinished += share.chunks->size() - share.begun;
     } else if (record->kind == ReadClass::kDemand || withdraw(*record) == 0) {
         return false;
     }
     record->kind = ReadClass::kDemand;
     for (size_t i = 0; i < record->shares.size(); i++) {
-        if (record->shares[i].begun < record->shares[i].chunks.size()) push(record, i);
+        const Share& share = record->shares[i];
+        if (share.begun == share.chunks->size()) continue;
+        push(record, i);
+        Disk& disk = disk_of(share.device);
+        wake(disk, sleepers(disk));
     }
     return true;
 }
@@ -188,7 +239,7 @@ void Reader::set_lanes(uint64_t device, Lanes lanes) {
     disk.saturated_since = now;
     disk.counted_from_s = disk.saturated_s;
     disk.saturated_bytes = 0;
-    call_threads(disk);
+    wake(disk, sleepers(disk));
 }
 
 std::vector<Saturation> Reader::saturation(double seconds, double nbytes) {
@@ -220,10 +271,10 @@ bool Reader::take(Disk& disk, Taken* taken) {
         auto& queue = disk.queues[static_cast<size_t>(kind)];
         if (queue.empty()) continue;
         const Queued& next = queue.front();
-        Record::Share& share = next.record->shares[next.share];
-        *taken = {next.record, &share.chunks[share.begun], guess, 0, Clock::now()};
+        Share& share = next.record->shares[next.share];
+        *taken = {next.record, &(*share.chunks)[share.begun], guess, 0, Clock::now()};
         waiting(disk, taken->record->kind)--;
-        if (++share.begun == share.chunks.size()) queue.pop_front();
+        if (++share.begun == share.chunks->size()) queue.pop_front();
         if (!std::exchange(taken->record->begun, true)) taken->record->began = taken->began;
         clock_->enter();
         enter(disk, 1, taken->began);
@@ -259,7 +310,7 @@ void Reader::work(Disk& disk) {
         }
         lock.unlock();
         Failure failure{};
-        const bool whole = read_chunk(call_, *taken.chunk, &failure);
+        const bool whole = read_chunk(call_, *taken.chunk, taken.record->parts[taken.chunk->part], &failure);
         lock.lock();
         put_back(disk, taken);
         Record& record = *taken.record;
@@ -272,7 +323,7 @@ void Reader::work(Disk& disk) {
             const bool takes_time = record.after != nullptr;
             disk.ending += takes_time;
             // Threads that are being joined start no others.
-            if (takes_time && !closing_) call_threads(disk);
+            if (takes_time && !closing_) wake(disk, sleepers(disk));
             lock.unlock();
             end_record(record);
             taken.record.reset();
@@ -284,7 +335,7 @@ void Reader::work(Disk& disk) {
 
 // Without the mutex: nobody else touches the record by now.
 void Reader::end_record(Record& record) {
-    if (record.given_up && !record.failed) {
+    if (record.given_up) {
         record.outcome.settle(ReadState::kCancelled);
         return;
     }

@@ -53,6 +53,24 @@ struct Saturation {
 // What is to be done with a record once all of it is there, before it is settled. Does not throw.
 using AfterRead = std::function<void()>;
 
+// The chunks of a record that are on one disk. They are the same for parts that differ in their destinations only.
+struct Share {
+    uint64_t device;
+    std::shared_ptr<const std::vector<Chunk>> chunks;
+    size_t begun = 0;
+};
+
+std::vector<Share> share_out(const std::vector<Part>& parts);
+
+// A record to be read. `shares` are those of its parts, for whoever knows them. `nbytes` are those that somebody wants,
+// without what is read around them.
+struct Wanted {
+    std::vector<Part> parts;
+    std::vector<Share> shares;
+    uint64_t nbytes = 0;
+    AfterRead after;
+};
+
 // Reads records in chunks, in the order of their classes and within a class of their submission, so that of many the
 // first is there first. Each disk has its own lanes, a thread each; threads start as they are needed.
 //
@@ -62,8 +80,9 @@ class Reader {
     Reader(Lanes lanes, std::shared_ptr<BusyClock> clock, ReadCall call = pread);
     ~Reader();
 
-    // Returns at once. Until the record is settled its files stay open and its memory belongs to the reader. Throws
-    // ReaderError.
+    // Returns at once. Until a record is settled its files stay open and its memory belongs to the reader. All of them
+    // are queued, in order, or none: throws ReaderError.
+    std::vector<std::shared_ptr<Record>> submit(std::vector<Wanted> wanted, ReadClass kind);
     std::shared_ptr<Record> submit(std::vector<Part> parts, uint64_t record_bytes, ReadClass kind,
                                    AfterRead after = {});
 
@@ -126,7 +145,9 @@ class Reader {
         return kind == ReadClass::kDemand ? disk.demands : disk.guesses;
     }
     void push(const std::shared_ptr<Record>& record, size_t share);
-    void call_threads(Disk& disk);
+    static size_t beginnable(const Disk& disk);
+    size_t sleepers(Disk& disk);
+    static void wake(Disk& disk, size_t count);
     bool start_thread(Disk& disk);
     void work(Disk& disk);
     bool take(Disk& disk, Taken* taken);
@@ -148,13 +169,6 @@ class Reader {
 };
 
 struct Record {
-    // The chunks on one disk.
-    struct Share {
-        uint64_t device;
-        std::vector<Chunk> chunks;
-        size_t begun = 0;
-    };
-
     std::vector<Part> parts;
     uint64_t nbytes = 0;
     std::vector<Share> shares;

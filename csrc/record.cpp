@@ -29,27 +29,27 @@ std::vector<Chunk> cut(const Part& part, size_t number) {
     chunks.reserve(count);
     for (size_t i = 0; i < count; i++) {
         const size_t begin = blocks * i / count * kBlockBytes, end = blocks * (i + 1) / count * kBlockBytes;
-        chunks.push_back({number, part.fd, part.offset + begin, end - begin, std::min(end, part.needed_bytes) - begin,
-                          part.destination + begin});
+        chunks.push_back({number, begin, end - begin, std::min(end, part.needed_bytes) - begin});
     }
     return chunks;
 }
 
-bool read_chunk(ReadCall call, const Chunk& chunk, Failure* failure) {
+bool read_chunk(ReadCall call, const Chunk& chunk, const Part& part, Failure* failure) {
+    const uint64_t offset = part.offset + chunk.begin;
+    uint8_t* destination = part.destination + chunk.begin;
     size_t got = 0;
     while (got < chunk.needed) {
-        const ssize_t count =
-            call(chunk.fd, chunk.destination + got, chunk.nbytes - got, static_cast<off_t>(chunk.offset + got));
+        const ssize_t count = call(part.fd, destination + got, chunk.nbytes - got, static_cast<off_t>(offset + got));
         if (count < 0 && errno == EINTR) continue;
         if (count < 0) {
-            *failure = {chunk.part, chunk.offset + got, errno};
+            *failure = {chunk.part, offset + got, errno};
             return false;
         }
         size_t reached = got + static_cast<size_t>(count);
         // A direct read resumes at a block's start only; what was read of the block before is read again.
         if (reached < chunk.needed) reached -= reached % kBlockBytes;
         if (reached <= got && reached < chunk.needed) {
-            *failure = {chunk.part, chunk.offset + got, 0};
+            *failure = {chunk.part, offset + got, 0};
             return false;
         }
         got = reached;

@@ -39,13 +39,10 @@ struct Part {
     uint8_t* destination = nullptr;
 };
 
-// One system call's share of a part.
+// One system call's share of a part: what begins `begin` bytes after its beginning.
 struct Chunk {
-    size_t part;
-    int fd;
-    uint64_t offset;
+    size_t part, begin;
     size_t nbytes, needed;
-    uint8_t* destination;
 };
 
 std::vector<Chunk> cut(const Part& part, size_t number);
@@ -60,7 +57,7 @@ struct Failure {
 };
 
 // True with all of the chunk's needed bytes there; else `failure` says where it stopped.
-bool read_chunk(ReadCall call, const Chunk& chunk, Failure* failure);
+bool read_chunk(ReadCall call, const Chunk& chunk, const Part& part, Failure* failure);
 
 // Of all files, now. The failure names the first part of the first one that is not as it was.
 bool unchanged(const std::vector<Part>& parts, Failure* failure);

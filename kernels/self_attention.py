@@ -145,7 +145,8 @@ class SelfAttention:
     ) -> tuple[Any, ...] | None:
         """What the extension takes of a token: see `run`; None where the kernel is not for these tensors.
 
-        `angles` are of an attention of the same dtype; `x`, `y` and `normed` are addresses of memory like a token that it `takes`.
+        `angles` are of an attention of the same dtype; `x`, `y` and `normed` are addresses of memory like a token that
+        it `takes`.
         """
         if angles[2] > self.width or not (self._has_room(keys, tokens) and self._has_room(values, tokens)):
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -133,7 +133,7 @@ def run_layers(
     hidden_at, outputs_at, normed_at = hidden.data_ptr(), outputs.data_ptr(), normed.data_ptr()
     handed_at = handed.data_ptr()
     step, before = x.numel() * x.element_size(), x.data_ptr()
-    calls = []
+    calls: list[tuple[Any, ...]] = []
     for i, (layer, place, table) in enumerate(zip(layers, places, experts, strict=True)):
         token = layer.attention.arguments(before, angles, *place, hidden_at, normed_at + i * step)
         if token is None:

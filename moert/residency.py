@@ -78,6 +78,8 @@ class Residency:
         self._late: list[Sequence[ExpertId]] = []
         """Events that the policy has not been told of."""
         self._slot_of: dict[ExpertId, int] = {}
+        self._stay: set[ExpertId] = set()
+        """What the policy takes for resident: who has a slot or is promised one, and is not leaving."""
         self._free = list(range(capacity - 1, -1, -1))
         self._locked: set[ExpertId] = set()
         self._arriving: set[ExpertId] = set()
@@ -135,14 +137,20 @@ class Residency:
         assert not self._event, f"the step over {sorted(self._event)} has not ended"
         self._event = frozenset(event)
         assert len(self._event) == len(event), f"an expert stands twice in the event {event}"
-        here = self._event & self._slot_of.keys()
-        coming = here & self._arriving
-        hits = tuple([expert for expert in event if expert in here and expert not in coming])
-        misses = tuple([expert for expert in event if expert not in here or expert in coming])
+        slot_of, arriving = self._slot_of, self._arriving
+        hits, misses, coming = [], [], []
+        for expert in event:
+            if expert not in slot_of:
+                misses.append(expert)
+            elif expert in arriving:
+                misses.append(expert)
+                coming.append(expert)
+            else:
+                hits.append(expert)
         self._locked.update(hits)
         self._expected = frozenset()
         self.policy.access(event)
-        return Split(hits, misses, tuple(sorted(coming)))
+        return Split(tuple(hits), tuple(misses), tuple(coming))
 
     def begin_hits(self, event: Sequence[ExpertId]) -> bool:
         """`begin` if all of `event` (each expert once, ascending) is resident; else nothing has happened."""
@@ -179,12 +187,12 @@ class Residency:
         Experts that the event does not need leave at once; those that it needs, if it is larger than the cache, when
         they are released.
         """
-        kept = self._slot_of.keys() - self._leaving
-        misses = sorted(self._event - kept)
-        victims = turn_over(self.policy, kept, self._event, misses, self.capacity, self._arriving & kept)
+        stay, arriving = self._stay, self._arriving
+        misses = sorted(self._event - stay)
+        victims = turn_over(self.policy, stay, self._event, misses, self.capacity, arriving and arriving & stay)
         self._leaving.difference_update(misses)
         self._given_up.difference_update(misses)
-        self._promised.update(expert for expert in misses if expert not in self._slot_of)
+        self._promised.update([expert for expert in misses if expert not in self._slot_of])
         for victim in victims:
             if victim in self._event or victim in self._arriving:
                 self._leaving.add(victim)
@@ -229,7 +237,7 @@ class Residency:
         self._arriving.add(expert)
         self._locked.add(expert)
         slot = self._slot_of[expert] = self._free.pop()
-        self.policy.admit(expert)
+        self._admit_to_policy(expert)
         return Admission(slot, victim)
 
     def _admit_promised(self, expert: ExpertId) -> Admission | None:
@@ -262,7 +270,7 @@ class Residency:
         """An arriving expert will not arrive: its slot is as good as free, and is when it is abandoned. Idempotent."""
         assert expert in self._arriving, f"{expert} is not arriving"
         if expert not in self._leaving:
-            self.policy.evict(expert)
+            self._evict_from_policy(expert)
             self._leaving.add(expert)
             self._given_up.add(expert)
 
@@ -271,7 +279,7 @@ class Residency:
         if expert in self._given_up:
             self._given_up.remove(expert)
             self._leaving.remove(expert)
-            self.policy.admit(expert)
+            self._admit_to_policy(expert)
 
     def abandon(self, expert: ExpertId) -> None:
         """`expert`'s record did not arrive whole: its slot is free again."""
@@ -288,7 +296,7 @@ class Residency:
 
     def _end_promises(self) -> None:
         for expert in sorted(self._promised - self._leaving):
-            self.policy.evict(expert)
+            self._evict_from_policy(expert)
         self._leaving -= self._promised
         self._promised = set()
         for expert in sorted(self._leaving - self._arriving):
@@ -340,8 +348,9 @@ class Residency:
         self.capacity = capacity
         self._late = []
         self._policy = self._policy.fresh(capacity)
+        self._stay = set()
         for expert in sorted(kept):
-            self.policy.admit(expert)
+            self._admit_to_policy(expert)
 
     def drop(self, expert: ExpertId) -> None:
         """`expert` is resident no longer, between steps: its bytes are lost."""
@@ -350,8 +359,16 @@ class Residency:
 
     def _remove(self, expert: ExpertId) -> None:
         if expert not in self._leaving:
-            self.policy.evict(expert)
+            self._evict_from_policy(expert)
         self._free_slot_of(expert)
+
+    def _admit_to_policy(self, expert: ExpertId) -> None:
+        self.policy.admit(expert)
+        self._stay.add(expert)
+
+    def _evict_from_policy(self, expert: ExpertId) -> None:
+        self.policy.evict(expert)
+        self._stay.discard(expert)
 
     def _free_slot_of(self, expert: ExpertId) -> None:
         self._leaving.discard(expert)
@@ -371,8 +388,9 @@ class Residency:
         unslotted = self._leaving - self._slot_of.keys() - self._promised
         assert not unslotted, f"leaving without having come: {unslotted}"
         assert not self._promised & self._slot_of.keys(), f"promised and admitted: {self._promised}"
-        kept = (self._slot_of.keys() | self._promised) - self._leaving
-        assert len(kept) <= self.capacity, f"{len(kept)} are to stay in {self.capacity} slots"
+        stay = (self._slot_of.keys() | self._promised) - self._leaving
+        assert self._stay == stay, f"the policy knows of {self._stay}, {stay} are to stay"
+        assert len(stay) <= self.capacity, f"{len(stay)} are to stay in {self.capacity} slots"
 
 
 def _check_capacity(capacity: int) -> None:

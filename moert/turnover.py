@@ -44,12 +44,13 @@ def turn_over(
     locked = {expert for expert in event if expert in residents}
     locked.update(arriving)
     others = len(residents) - len(locked)
+    sized = policy.sizes is not None
     if used is None:
-        used = sum(map(policy.size, residents)) if policy.sizes is not None else len(residents)
+        used = sum(map(policy.size, residents)) if sized else len(residents)
     admitted: dict[ExpertId, None] = {}
     victims = []
     for miss in misses:
-        size = policy.size(miss)
+        size = policy.size(miss) if sized else 1
         while used + size > capacity:
             victim = policy.victim_for(miss, locked if others else _passing(residents, admitted, arriving))
             assert victim in residents, f"{policy} evicts {victim}"
@@ -59,7 +60,7 @@ def turn_over(
             policy.evict(victim)
             residents.remove(victim)
             admitted.pop(victim, None)
-            used -= policy.size(victim)
+            used -= policy.size(victim) if sized else 1
             victims.append(victim)
         policy.admit(miss)
         residents.add(miss)

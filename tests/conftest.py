@@ -14,10 +14,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Models as small as these gain nothing by more, and where several processes test, torch's threads spend most of their
 # time waiting for one another. Read when torch is imported, and by what tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where lines break is no matter of the terminal in which the tests run.
+os.environ["COLUMNS"] = "80"
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from moert import _C
 
@@ -25,7 +27,8 @@ from moert import _C
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-settings.register_profile("moert", deadline=None, print_blob=True)
+# How long an example takes says more of the machine than of the test.
+settings.register_profile("moert", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("moert")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from moert.errors import MoertError, TransferError
 from moert.formats import TensorSpec
 from moert.policies import make_policy
 from moert.residency import Residency, Resize
-from moert.runtime.layer import Fetch, LayerCache, LayerSpec
+from moert.runtime.layer import Fetch, LayerCache, LayerSpec, Place
 from moert.tiers.arena import PAGE_BYTES
 from moert.tiers.disk import Priority
 from moert.types import ExpertId
@@ -124,13 +124,16 @@ class FakeLayer(LayerCache):
         assert slot is not None
         return {"w": self.slots[slot : slot + 1]}
 
-    def _can_submit(self) -> bool:
+    def _can_submit(self, others: int = 0) -> bool:
         return True
 
     def read_bytes(self, expert: int) -> int:
         return READ_BYTES
 
-    def _submit(self, expert: int, slot: int, priority: Priority) -> Fetch:
+    def _submit(self, places: Sequence[Place], priority: Priority) -> list[Fetch]:
+        return [self._read(expert, slot, priority) for expert, slot in places]
+
+    def _read(self, expert: int, slot: int, priority: Priority) -> Fetch:
         self.slots[slot] = torch.nan
         identity = ExpertId(self.spec.index, expert)
 

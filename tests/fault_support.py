@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -191,12 +192,13 @@ def read_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("moert")]
 
 
-def is_mapped(address: int) -> bool:
-    """Whether this process has anything at an address."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+def is_arena(address: int) -> bool:
+    """Whether an arena is at an address: memory that a fork does not get, which nobody else asks for."""
+    mappings = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    for mapping in mappings[1:]:
+        begin, end = (int(part, 16) for part in mapping.split(" ", 1)[0].split("-"))
         if begin <= address < end:
-            return True
+            return " wf" in mapping[mapping.index("VmFlags:") :]
     return False
 
 

@@ -468,25 +468,31 @@ INTERRUPTED = """
     import os, signal, sys, tempfile, threading, torch, moert
     tempfile.tempdir = sys.argv[2]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have been started without it
-    when = sys.argv[3]
+    when, caught = sys.argv[3], threading.Event()
     if when == "load":
         from moert.tiers import reader
-        submit = reader.DiskReader.submit_read
+        submit = reader.DiskReader.submit_planned
         def interrupting(self, *args, **kwargs):
             interrupting.calls += 1
             if interrupting.calls == 5:
                 os.kill(os.getpid(), signal.SIGINT)
             return submit(self, *args, **kwargs)
         interrupting.calls = 0
-        reader.DiskReader.submit_read = interrupting
+        reader.DiskReader.submit_planned = interrupting
     try:
         model = moert.load(sys.argv[1], host_memory="100%" if when == "load" else "25%")
         ids = torch.arange(3, 15)[None]
         want = model.generate(ids, max_new_tokens=8, do_sample=False)
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        def interrupt():
+            pause_s = 0.3
+            while not caught.wait(pause_s):
+                os.kill(os.getpid(), signal.SIGINT)
+                pause_s = 20  # Python drops one that comes within a finalizer
+        threading.Thread(target=interrupt, daemon=True).start()
         while True:
             model.generate(ids, max_new_tokens=200, do_sample=False)
     except KeyboardInterrupt:
+        caught.set()
         if when == "generate":
             assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), want)
             moert.close(model)

@@ -39,6 +39,8 @@ def a_calibration(**changes: Any) -> Calibration:
         "read_step": of(2.5e-3),
         "read_prompt": of(2.2e-3),
         "read_start": of(5e-4),
+        "miss": of(3e-4),
+        "miss_start": of(2e-4),
         "expert_together": of(1.2e-3),
         "step": {1: of(2e-4), 256: of(3e-3)},
         "rest": {1: of(4e-3), 128: of(2e-2)},

@@ -185,3 +185,40 @@ def test_what_is_timed_needs_a_machine(cli: Cli, tmp_path: Path, arguments: list
 def test_unknown_sizes_have_no_time(cli: Cli, tmp_path: Path) -> None:
     path = write(tmp_path / "t.safetensors", trace(num_sequences=1, expert_bytes=0))
     assert "--expert-bytes" in cli("simulate", path, "--policy", "lru", "--machine", CARD).error
+
+
+def test_a_plan_says_what_reads_ahead_of_time_can_bring(cli: Cli, folder: str, tmp_path: Path) -> None:
+    disk = ("--machine", "2-core-xeon-disk", "--host-memory", "50%")
+    plan = plan_of(cli, folder, *disk)
+    ahead, decode = plan["reads_ahead"], plan["decode"]
+    assert (ahead["counted"], ahead["predictor"], ahead["simulated"]) == (False, "gate_ahead_corrected", None)
+    busy = decode["busy_s"]
+    least_s = max(busy["disk"], sum(busy.values()) - busy["disk"])
+    assert ahead["at_most_tokens_per_s"] == pytest.approx(1 / least_s)
+    assert ahead["at_most_tokens_per_s"] >= decode["tokens_per_s"]
+    assert ahead["at_most_gain"] == pytest.approx(decode["seconds"] / least_s - 1)
+    shown = " ".join(cli("plan", folder, *disk).out.split())
+    assert "not counted; at most" in shown
+    assert "“Decode” counts no reads ahead of time. The runtime makes them (gate_ahead_corrected)" in shown
+    for machine in (("--machine", CARD), ("--machine", "2-core-xeon-disk", "--host-memory", "100%")):
+        assert plan_of(cli, folder, *machine)["reads_ahead"] is None, "nothing is read while it decodes"
+        assert "reads ahead" not in cli("plan", folder, *machine).out
+
+    path = write(tmp_path / "t.safetensors", trace(layers=2, experts=8))
+    told = plan_of(cli, folder, *disk, "--trace", path)["reads_ahead"]["simulated"]
+    assert told["predictor"] == "joint", "a trace has no hidden states"
+    assert told["gain"] == pytest.approx(told["unpredicted_ms_per_token"] / told["ms_per_token"] - 1)
+    assert told["predict_ms_per_token"] > 0
+    known = plan_of(cli, folder, *disk, "--trace", path, "--predictor", "oracle")["reads_ahead"]["simulated"]
+    assert known["unpredicted_ms_per_token"] == pytest.approx(told["unpredicted_ms_per_token"])
+    assert plan_of(cli, folder, *disk, "--trace", path, "--predictor", "none")["reads_ahead"]["simulated"] is None
+    assert plan_of(cli, folder, *disk, "--trace", path, "--batch", 2)["reads_ahead"]["simulated"] is None
+    assert "as joint predicts; at most" in " ".join(cli("plan", folder, *disk, "--trace", path).out.split())
+    for wrong, message in (
+        (("--predictor", "joint"), "without --trace"),
+        (("--trace", path, "--predictor", "nobody"), "nobody"),
+        (("--trace", path, "--predictor", "gate_ahead"), "needs"),
+    ):
+        ran = cli("plan", folder, *disk, *wrong)
+        assert (ran.code, len(ran.err.strip().splitlines())) == (2, 1)
+        assert message in ran.err

@@ -9,15 +9,17 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
 from fault_support import LAYERS, ROUTING, E, Experts, check_books, right, step
-from faulty_disk import Fault, FaultyDisk
+from faulty_disk import PATIENCE_S, Fault, FaultyDisk
 from test_faults_interrupt import Interrupter
 
 from moert.config import parse_budget
 from moert.device.simulated import Machine, SimulatedDevice
+from moert.device.work import Done
 from moert.errors import MoertError
 from moert.runtime.device_building import attach_device
 from moert.runtime.device_tier import DeviceTier
@@ -27,6 +29,7 @@ from moert.types import ExpertId
 
 pytestmark = pytest.mark.timeout(200)
 
+UNTIL_TOLD_S = 3600.0
 COSTS = Costs(Curve.proportional(2e-4), Curve.constant(1e-5), move_s=3e-4, read_s=1e-3)
 
 
@@ -81,24 +84,52 @@ def test_an_interrupt_at_any_line_loses_no_more_than_time(what: str, virtual: bo
     assert not tier.device.locked_bytes  # type: ignore[attr-defined]
 
 
-def test_a_signal_while_a_step_waits_for_a_copy(tmp_path: Path) -> None:
+def test_a_signal_while_a_step_waits_for_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The copy goes on; the next step waits for it before anything else is put where it reads or writes."""
     experts = Experts(tmp_path)
-    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    waiting, raised, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if not raised.is_set():
+            raised.set()
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, on_signal)
     try:
         with experts.runtime(host_memory="50%", preload=True) as runtime:
             tier = attached(runtime, virtual=False, schedule="fetch_all", promoting=False)
             device = tier.device
             assert isinstance(device, SimulatedDevice)
+            sleep, wait_for = device._engine.sleep, device.wait_for
+
+            def copying(seconds: float) -> None:
+                if seconds < UNTIL_TOLD_S:
+                    sleep(seconds)
+                    return
+                assert waiting.wait(PATIENCE_S)
+                # One that comes just before the thread falls asleep does not wake it.
+                while not raised.wait(0.01):
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                assert go_on.wait(PATIENCE_S)
+
+            def waited_for(done: Done) -> None:
+                waiting.set()
+                wait_for(done)
+
+            monkeypatch.setattr(device._engine, "sleep", copying)
+            monkeypatch.setattr(device, "wait_for", waited_for)
             for layer in LAYERS:
-                device.change(latency_s=0.3)
-                timer = threading.Timer(0.15, os.kill, (os.getpid(), signal.SIGUSR1))
-                timer.start()
+                for event in (waiting, raised, go_on):
+                    event.clear()
+                device.change(latency_s=UNTIL_TOLD_S)
                 with pytest.raises(KeyboardInterrupt):
                     step(runtime, layer, ROUTING)
-                timer.join()
                 device.change(latency_s=0.0)
+                timer = threading.Timer(0.05, go_on.set)
+                timer.start()
                 assert torch.equal(step(runtime, layer, ROUTING), right(experts, layer))
+                timer.join()
+                device.synchronize()
                 check(runtime, tier, experts)
     finally:
         signal.signal(signal.SIGUSR1, before)

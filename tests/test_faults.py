@@ -24,7 +24,7 @@ from fault_support import (
     Experts,
     check_books,
     formula,
-    is_mapped,
+    is_arena,
     read_threads,
     right,
     step,
@@ -270,6 +270,7 @@ def test_a_closed_runtime_has_nothing_left(layer: int, experts: Experts, disk: F
     fds, runtime = set(os.listdir("/proc/self/fd")), experts.runtime(disk, host_memory="34%")
     assert runtime._tier is not None
     address = runtime._tier.arena.address
+    assert is_arena(address)
     step(runtime, layer, ROUTING)
     disk.hold()
     runtime.prefetch([ExpertId(other, expert) for other in LAYERS for expert in range(E)])
@@ -291,8 +292,8 @@ def test_a_closed_runtime_has_nothing_left(layer: int, experts: Experts, disk: F
             use()
     runtime.close()
     assert read_threads() == []
-    assert set(os.listdir("/proc/self/fd")) == fds
-    assert not is_mapped(address)
+    assert set(os.listdir("/proc/self/fd")) <= fds
+    assert not is_arena(address)
 
 
 def test_uses_by_several_threads_come_one_after_the_other(

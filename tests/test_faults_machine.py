@@ -250,7 +250,7 @@ class Machine(RuleBasedStateMachine):
         with pytest.raises(MoertError, match="were closed"):
             self.runtime.weights(0, 0)
         assert read_threads() == []
-        assert set(os.listdir("/proc/self/fd")) == self.fds
+        assert set(os.listdir("/proc/self/fd")) <= self.fds
 
 
 @pytest.mark.timeout(240)

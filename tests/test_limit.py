@@ -32,6 +32,17 @@ def test_a_run_by_hand() -> None:
     assert found.lost_to_waiting_s == pytest.approx((30 - 20 - 3) / 2)
 
 
+def test_what_was_read_ahead_of_time_is_read_too() -> None:
+    """Of the 4 misses 3 were read ahead and are hits; 2 more were read for nothing: the disk takes 30 s or 15."""
+    ran = Ran(tokens=2, seconds=40.0, hits=9, misses=1, stall_s=14.0, compute_s=11.0, reads=6.0)
+    found = limit_of(ran, least_misses=3, costs=COSTS, other_s=1.0)
+    assert found.bound_tokens_per_s == pytest.approx(2 / 15), "an optimal cache reads 3 of 10 uses, ahead or not"
+    assert found.own_bound_tokens_per_s == pytest.approx(2 / 30)
+    assert found.lost_to_policy_s == pytest.approx(15 / 2)
+    with pytest.raises(ConfigError, match="another run's"):
+        limit_of(ran, least_misses=7, costs=COSTS, other_s=1.0)
+
+
 times = st.floats(0, 100)
 
 
@@ -59,8 +70,8 @@ def test_numbers_that_cannot_be() -> None:
 
 def test_decoding_is_told_from_prompts_and_pauses() -> None:
     now = 0.0
-    sums = [0, 0, 0.0, 0.0]
-    pace = Pace(lambda: (sums[0], sums[1], sums[2], sums[3]), lambda: now)  # type: ignore[arg-type,return-value]
+    sums = [0, 0, 0.0, 0.0, 0]
+    pace = Pace(lambda: tuple(sums), lambda: now)  # type: ignore[arg-type,return-value]
 
     def step(tokens: int, seconds: float) -> None:
         nonlocal now
@@ -70,6 +81,7 @@ def test_decoding_is_told_from_prompts_and_pauses() -> None:
         sums[1] += 1
         sums[2] += seconds / 2
         sums[3] += seconds / 4
+        sums[4] += 1000
 
     step(50, 7.0)
     for _ in range(5):
@@ -85,6 +97,7 @@ def test_decoding_is_told_from_prompts_and_pauses() -> None:
     assert (found.hits, found.misses) == (27, 9)
     assert found.stall_s == pytest.approx(0.45)
     assert found.compute_s == pytest.approx(0.225)
+    assert found.bytes_read == 9000
     pace.reset()
     assert pace.decoding() == Decoding()
 

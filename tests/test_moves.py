@@ -26,7 +26,7 @@ from moert.runtime.layer import SlotLayer
 from moert.runtime.moves import moves_of
 from moert.runtime.records import Convert, Piece, Record, Source, Span, make_record
 from moert.tiers.arena import HostArena, SlotBank
-from moert.tiers.disk import DiskReader, Moving, Read, ShardFile
+from moert.tiers.disk import DiskReader, Moving, PlannedRead, Priority, Read, ReadHandle, ShardFile
 from moert.tiers.native_reads import NativeHandle
 from moert.tiers.thread_reads import ThreadHandle
 
@@ -187,6 +187,26 @@ def test_other_numbers_are_left_to_torch() -> None:
         assert moves_of(record_of((2, 64), [(2, 64)], [0], (torch.bfloat16, of), None)) is None
 
 
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda t: t[0].transpose(0, 1).contiguous(),
+        lambda t: torch.concat([part.T for part in t[0].chunk(2)], 1),
+        lambda t: t[0].T.reshape(64, 2),
+    ],
+)
+def test_inference_mode_makes_no_difference(convert: Convert, file: ShardFile, slots: SlotBank) -> None:
+    record = record_of((64, 2), [(2, 64)], [9], (torch.bfloat16, torch.bfloat16), convert)
+    with torch.inference_mode():
+        assert moves_of(record) is not None
+        assert_same(*read(record, file, slots), torch.bfloat16)
+
+
+def test_a_tensor_of_no_numbers_takes_no_moves() -> None:
+    record = record_of((4, 0), [(0, 4)], [9], (torch.bfloat16, torch.bfloat16), lambda t: t[0].T)
+    assert moves_of(record) is not None
+
+
 def test_whatever_lies_side_by_side_moves_as_bytes(file: ShardFile, slots: SlotBank) -> None:
     record = record_of((4, 64), [(2, 64), (2, 64)], [9, 5000], (torch.uint8, torch.uint8), None)
     found, right = read(record, file, slots)
@@ -306,10 +326,11 @@ class TestModels:
                 for expert in range(cache.spec.num_experts)
             ]
             moved = {
-                moves is not None
+                known.plan.moves is not None
                 for cache in runtime.layers
                 if isinstance(cache, SlotLayer)
-                for moves in cache._moves.values()
+                for known in cache._known
+                if known is not None and not known.record.is_direct
             }
         return found, moved
 
@@ -341,15 +362,15 @@ class TestModels:
     def test_a_pack_is_read_without_python_once_it_is_checked(self, tiny_olmoe: Path, tmp_path: Path) -> None:
         make_pack(tiny_olmoe, tmp_path / "pack")
         kinds: list[type] = []
-        submit = DiskReader.submit_read
+        submit = DiskReader.submit_planned
 
-        def noting(self: DiskReader, *args: object, **kwargs: object) -> object:
-            handle = submit(self, *args, **kwargs)  # type: ignore[arg-type]
-            kinds.append(type(handle))
-            return handle
+        def noting(self: DiskReader, wanted: Sequence[PlannedRead], priority: Priority) -> Sequence[ReadHandle]:
+            handles = submit(self, wanted, priority)
+            kinds.extend(map(type, handles))
+            return handles
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(DiskReader, "submit_read", noting)
+            patch.setattr(DiskReader, "submit_planned", noting)
             with moert.load(tmp_path / "pack", host_memory="40%", preload=False) as model:
                 runtime = runtime_of(model)
                 for _ in range(2):

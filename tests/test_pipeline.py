@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from moert.errors import TransferError
+from moert.errors import MoertError, TransferError
+from moert.runtime.layer import Fetch, Place
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.step import run_step
 from moert.tiers.disk import Priority
@@ -288,3 +289,89 @@ def test_a_guess_in_the_only_slot_makes_way(disk: FakeDisk) -> None:
     pipeline.prefetch(ids(5))
     pipeline.pump()
     assert step(layer, pipeline, [0, 1]) == layer.factor(0) + layer.factor(1)
+
+
+class Batches(FakeLayer):
+    """Notes what is submitted at once, has buffers for so many reads, and may refuse."""
+
+    def __init__(self, index: int, capacity: int, disk: FakeDisk, buffers: int = E) -> None:
+        super().__init__(index, E, capacity, disk)
+        self.batches: list[list[int]] = []
+        self.buffers = buffers
+        self.refuses = False
+
+    def _can_submit(self, others: int = 0) -> bool:
+        # Those that are admitted are arriving already.
+        return len(self.residency.arriving) < self.buffers
+
+    def _submit(self, places: Sequence[Place], priority: Priority) -> list[Fetch]:
+        if self.refuses:
+            raise MoertError("the disk reader is closed")
+        self.batches.append([expert for expert, _ in places])
+        return super()._submit(places, priority)
+
+
+def test_an_event_is_submitted_at_once(disk: FakeDisk) -> None:
+    layers = [Batches(index, E, disk) for index in range(2)]
+    pipeline = Pipeline(layers, 8)
+    pipeline.demand(ids(4, 0, 2))
+    pipeline.prefetch([*ids(1), *ids(3, 5, layer=1), *ids(5)])
+    pipeline.pump()
+    assert layers[0].batches == [[4, 0, 2], [1]]
+    assert layers[1].batches == []
+    pipeline.drain()
+
+
+def test_a_batch_is_of_one_layer_and_has_room(disk: FakeDisk) -> None:
+    layers = [Batches(index, E, disk) for index in range(2)]
+    pipeline = Pipeline(layers, 10)
+    pipeline.prefetch([*ids(4, 0), *ids(3, 5, layer=1), *ids(1, 2)])
+    pipeline.pump()
+    assert [layer.batches for layer in layers] == [[[4, 0], [1]], [[3, 5]]]
+    narrow = Pipeline([Batches(0, E, disk)], 8, max_bytes=2 * READ_BYTES)
+    narrow.demand(ids(0, 1, 2))
+    narrow.pump()
+    assert narrow._layers[0].batches == [[0, 1]]  # type: ignore[attr-defined]
+    assert narrow.has_queued_demands
+
+
+def test_a_batch_takes_the_slots_and_buffers_there_are(disk: FakeDisk) -> None:
+    layer, other = Batches(0, 2, disk), Batches(1, E, disk, buffers=1)
+    pipeline = Pipeline([layer, other], 20)
+    pipeline.demand(ids(0, 1, 2))
+    pipeline.prefetch(ids(3, layer=1))
+    pipeline.pump()
+    assert layer.batches == [[0, 1]]
+    assert other.batches == [], "what nobody waits for must not take what is freed next"
+    pipeline.drain()
+    pipeline.prefetch([*ids(0, 1, 2), *ids(3, 4, layer=1)])
+    pipeline.pump()
+    assert layer.batches[1:] == [[0, 1]]
+    assert other.batches == [[3]]
+    pipeline.check_integrity()
+
+
+def test_demands_start_in_their_order(disk: FakeDisk) -> None:
+    layer = Batches(0, 2, disk)
+    pipeline = Pipeline([layer], 8)
+    layer.residency.begin(ids(0))
+    layer.residency.promise()
+    pipeline.demand(ids(1, 0))
+    pipeline.pump()
+    assert layer.batches == [], "the free slots are promised, and not to the first"
+
+
+def test_a_batch_that_cannot_be_queued_leaves_nothing(disk: FakeDisk) -> None:
+    layer = Batches(0, E, disk)
+    pipeline = Pipeline([layer], 8)
+    layer.refuses = True
+    pipeline.demand(ids(0, 1, 2))
+    with pytest.raises(MoertError, match="closed"):
+        pipeline.pump()
+    assert not layer.residency.arriving
+    assert layer.residency.n_free == E
+    pipeline.check_integrity()
+    layer.refuses = False
+    pipeline.pump()
+    assert layer.batches == [[0, 1, 2]]
+    pipeline.drain()

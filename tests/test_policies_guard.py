@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from cli_support import Cli
 from families import build
 from policy_support import ids
 from report_support import trace, write
+from wrong_policies import Absent, FailsLater, FailsToAdmit, Locked, Nobody, Number, Raises
 
 import moert
 from moert.errors import PolicyError
@@ -24,47 +25,6 @@ from moert.types import ExpertId
 
 # One process compiles the replays.
 pytestmark = pytest.mark.xdist_group("compiled")
-
-
-class Nobody(LRU):
-    def victim(self, locked: Collection[ExpertId]) -> ExpertId:
-        return None  # type: ignore[return-value]
-
-
-class Absent(LRU):
-    def victim(self, locked: Collection[ExpertId]) -> ExpertId:
-        return ExpertId(0, 77)
-
-
-class Locked(LRU):
-    def victim(self, locked: Collection[ExpertId]) -> ExpertId:
-        return max(self._queue)
-
-
-class Number(LRU):
-    def victim(self, locked: Collection[ExpertId]) -> ExpertId:
-        return super().victim(locked).expert  # type: ignore[return-value]
-
-
-class Raises(LRU):
-    def access(self, event: Sequence[ExpertId]) -> None:
-        raise KeyError("the key")
-
-
-class FailsToAdmit(LRU):
-    def admit(self, expert: ExpertId) -> None:
-        raise ValueError("no")
-
-
-class FailsLater(LRU):
-    """Fails when much has been read already."""
-
-    events = 0
-
-    def access(self, event: Sequence[ExpertId]) -> None:
-        self.events += 1
-        assert self.events < 4, "enough"
-        super().access(event)
 
 
 class Asks(LRU):
@@ -84,7 +44,7 @@ WRONG = (
     (Absent, "victim named expert 77 of layer 0, which is not among the 2 residents"),
     (Locked, "at event 2 of its cache, victim named expert 3 of layer 0, which is one of the 1 locked of 2 residents"),
     (Number, "victim named 0, which is not among"),
-    (Raises, r"at event 1 of its cache, access raised KeyError: 'the key' \(test_policies_guard.py, line \d+\)"),
+    (Raises, r"at event 1 of its cache, access raised KeyError: 'the key' \(wrong_policies.py, line \d+\)"),
     (FailsToAdmit, "admit raised ValueError: no"),
 )
 
@@ -96,7 +56,7 @@ def trusted() -> None:
 
 
 def name_of(cls: type[Policy]) -> str:
-    return f"test_policies_guard:{cls.__name__}"
+    return f"{cls.__module__}:{cls.__name__}"
 
 
 def run(policy: Policy, events: Sequence[Sequence[ExpertId]]) -> None:

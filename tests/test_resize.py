@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import resident_bytes
 from resize_support import IDS, check, logits
 from transformers import LogitsProcessorList, OlmoeConfig, OlmoeForCausalLM
 
@@ -17,7 +17,6 @@ import moert
 from moert.hf.model import runtime_of
 from moert.runtime import runtime as runtime_module
 from moert.runtime.sizing import HostSizing
-from moert.tiers.memory import rss_bytes
 
 MIB = 1 << 20
 ONE_EXPERT = 3 * 64 * 32 * 4
@@ -134,23 +133,22 @@ def test_other_ways_to_compute(family: str, load: Callable[..., Any]) -> None:
 
 
 def test_memory_falls_and_comes_back(medium: Path) -> None:
-    gc.collect()
     with moert.load(medium, host_memory="100%") as model:
         want = logits(model)
-        full = rss_bytes()
+        full = resident_bytes()
         assert moert.stats(model).slot_bytes >= 96 * MIB
         moert.resize(model, "25%")
-        assert full - rss_bytes() > 64 * MIB
+        assert full - resident_bytes() > 64 * MIB
         check(model)
         assert torch.equal(logits(model), want)
         moert.resize(model, "100%")
-        assert abs(rss_bytes() - full) < 16 * MIB
+        assert abs(resident_bytes() - full) < 16 * MIB
         check(model)
         assert torch.equal(logits(model), want)
         moert.resize(model, "12.5%")
         arena = runtime_of(model)._tier.arena  # type: ignore[union-attr]
     assert arena.closed
-    assert full - rss_bytes() > 80 * MIB
+    assert full - resident_bytes() > 80 * MIB
 
 
 def test_unpatch_after_resize_gives_the_same_model(tiny_olmoe: Path) -> None:

@@ -52,6 +52,16 @@ def test_many_reads_of_an_event_take_another_time_each(misses: int, read_s: floa
     assert times(event(0, misses), never)[1] == 0.5 + 4 * misses
 
 
+@pytest.mark.parametrize("misses", [0, 1, 3, 4])
+def test_what_a_miss_takes_the_cpu_comes_before_its_reads(misses: int) -> None:
+    costs = costs_of(1, 4, miss_start_s=0.5, miss_s=0.25, read_few=3, read_many_s=2)
+    lead_s = {0: 0, 1: 0.75, 3: 1.25, 4: 0}[misses]
+    each_s = 2 if misses == 4 else 4
+    assert times(event(2, misses), costs)[0] == (lead_s + misses * each_s + 1 if misses else 2)
+    assert costs.lead_s(misses) == lead_s
+    assert costs.lead_s(misses, 0) == min(lead_s, 0.5), "what was asked for before is no work of this event"
+
+
 @pytest.mark.parametrize(
     ("cpu_s", "read_s", "cpu_slowdown", "read_slowdown"),
     [(2, 8, 1.5, 1), (2, 8, 1, 2), (2, 8, 1.5, 2), (8, 2, 1.5, 1), (8, 2, 1, 2), (8, 2, 1.5, 2), (3, 3, 1.25, 1.5)],
@@ -119,7 +129,11 @@ def test_room_says_nothing_with_a_device() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in ("read_start_s", "read_many_s") for value in (-1, math.nan, math.inf)),
+        *(
+            (name, value)
+            for name in ("read_start_s", "read_many_s", "miss_s", "miss_start_s")
+            for value in (-1, math.nan, math.inf)
+        ),
         *((name, value) for name in ("cpu_slowdown", "read_slowdown") for value in (0.99, 0, math.nan, math.inf)),
     ],
 )
@@ -139,6 +153,9 @@ def followed(schedule: Schedule, costs: Costs, room: int) -> Timing:
     place_of = {item.expert: place for place, item in enumerate(schedule.read)}
     needs = [place_of.get(item.expert, -1) for item in schedule.cpu]
     start_s, tick, disk_tick, n_read, n_run = costs.cpu_start_s, 0, 0, 0, 0
+    if reads and (costs.read_few is None or len(reads) <= costs.read_few):
+        for _ in range(round((costs.miss_start_s + costs.miss_s * len(reads)) / TICK_S)):
+            tick += 1
     while n_read < len(reads) or n_run < len(runs):
         has_work = n_run < len(runs) and needs[n_run] < n_read
         computes = has_work and start_s <= 0
@@ -165,6 +182,8 @@ machines = st.builds(
     cpu_start_s=st.sampled_from([0.0, 1.0, 2.5]),
     merge_s=st.sampled_from([0.0, 0.5]),
     read_start_s=st.sampled_from([0.0, 1.0, 4.0]),
+    miss_start_s=st.sampled_from([0.0, 0.5, 2.0]),
+    miss_s=st.sampled_from([0.0, 0.25, 1.5]),
     read_few=st.sampled_from([None, 0, 2, 4]),
     read_many_s=whole_seconds,
     cpu_slowdown=slowdowns,

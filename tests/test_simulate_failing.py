@@ -94,8 +94,9 @@ def test_an_error_does_not_outrun_the_results_before_it(trace: Path) -> None:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_finished_rows_are_printed_before_the_error(
-    trace: Path, as_json: bool, capsys: pytest.CaptureFixture[str]
+    trace: Path, as_json: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     html = trace.with_suffix(".html")
     command: list[Any] = ["simulate", trace, "--policy", "lru,late_failure:Late,at=3", "--capacity", "2,3"]
     code = main([*map(str, command), "--html", str(html), *(["--json"] if as_json else [])])

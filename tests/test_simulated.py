@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from simulate_support import header_of, trace_of
 from trace_support import real_trace
 
 from moert.cli import main
-from moert.errors import ConfigError, MoertError
+from moert.errors import ConfigError, CorruptFileError, MoertError
 from moert.runtime.simulated import simulate_live
 from moert.runtime.virtual import CHUNK_BYTES, VirtualMachine
 from moert.schedule import Costs, Curve
@@ -161,6 +162,9 @@ def test_what_cannot_be_simulated_is_refused() -> None:
         ({"costs": [costs]}, "1 costs do not fit 2 layers"),
         ({"predictor": "gate_ahead"}, "needs .* in this trace"),
         ({"capacity": 0}, "0"),
+        ({"lanes": 0}, "lanes=0"),
+        ({"predictor": "oracle", "predict_s": -1.0}, "predict_s=-1.0"),
+        ({"predictor": "oracle", "predict_s": math.nan}, "predict_s=nan"),
     ):
         arguments = {"policy": "lru", "capacity": 2, "costs": costs, **wrong}
         with pytest.raises(MoertError, match=message):
@@ -197,3 +201,21 @@ def test_the_command_line_shows_both_times(tmp_path: Path, capsys: pytest.Captur
     assert "has a device" in capsys.readouterr().err
     assert main([*command, "--predictor", "joint", "--batch", "2"]) == 2
     assert "--batch" in capsys.readouterr().err
+
+
+def test_an_expert_that_its_layer_does_not_have() -> None:
+    trace = never_twice(6, 2)
+    trace.sequences[0].experts[3, 1] = 8
+    with pytest.raises(CorruptFileError, match="has expert 8 in layer 1, which has 8"):
+        simulate_live(trace, "lru", 2, Costs(Curve.constant(0.1), read_s=1.0))
+
+
+@pytest.mark.parametrize(("nbytes", "wasted"), [(3 << 20, 1 << 20), (8 << 18, 4 << 18), (6 << 18, 3 << 18)])
+def test_what_was_read_for_nothing(nbytes: int, wasted: int) -> None:
+    machine = VirtualMachine(2)
+    read = machine.submit(1.0, 0.0, nbytes, Priority.PREFETCH)
+    machine.work(0.2)
+    assert read.give_up()
+    with pytest.raises(MoertError, match="given up"):
+        read.wait()
+    assert read.wasted == wasted

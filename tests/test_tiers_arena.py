@@ -9,12 +9,13 @@ import textwrap
 
 import pytest
 import torch
+from pages import gets_huge_pages, resident_bytes
 
 from moert import _C
 from moert.errors import CapacityError, MoertError
 from moert.tiers import arena as arena_module
 from moert.tiers.arena import HUGE_PAGE_BYTES, PAGE_BYTES, HostArena, SlotBank
-from moert.tiers.memory import MemoryLimit, MemoryReport, rss_bytes
+from moert.tiers.memory import MemoryLimit, MemoryReport
 
 MIB = 1 << 20
 
@@ -62,9 +63,8 @@ def test_the_kernel_sees_one_private_huge_page_mapping_that_is_all_there() -> No
     assert "hg" in flags
     assert "wf" in flags
     assert "dd" in flags
-    with open("/sys/kernel/mm/transparent_hugepage/enabled") as setting:
-        if "[never]" not in setting.read():
-            assert int(mapping["AnonHugePages"]) << 10 >= 4 * HUGE_PAGE_BYTES
+    if gets_huge_pages(nbytes):
+        assert int(mapping["AnonHugePages"]) << 10 >= 4 * HUGE_PAGE_BYTES
 
 
 def test_more_than_the_machine_has_is_refused_with_numbers() -> None:
@@ -88,12 +88,12 @@ def test_a_kernel_that_refuses_the_pages_is_reported_and_leaves_nothing(monkeypa
         prefault = staticmethod(refuse)
 
     monkeypatch.setattr(arena_module, "_C", Native)
-    before = rss_bytes()
+    before = resident_bytes()
     with pytest.raises(CapacityError, match=r"refused 64\.0 MiB .*ENOMEM") as caught:
         HostArena(64 * MIB)
     # The error is still alive here, and with it the frame of the constructor.
     assert caught.tb is not None
-    assert rss_bytes() - before < 16 * MIB
+    assert resident_bytes() - before < 16 * MIB
 
 
 def test_an_empty_arena_is_an_error() -> None:
@@ -102,14 +102,14 @@ def test_an_empty_arena_is_an_error() -> None:
 
 
 def test_close_gives_memory_back_and_is_idempotent() -> None:
-    before = rss_bytes()
+    before = resident_bytes()
     arena = HostArena(64 * MIB)
-    assert rss_bytes() - before > 60 * MIB
+    assert resident_bytes() - before > 60 * MIB
     assert not arena.closed
     arena.close()
     arena.close()
     assert arena.closed
-    assert rss_bytes() - before < 16 * MIB
+    assert resident_bytes() - before < 16 * MIB
     with pytest.raises(MoertError, match="closed"):
         arena.view(0, 1)
     with pytest.raises(MoertError, match="closed"):
@@ -117,13 +117,13 @@ def test_close_gives_memory_back_and_is_idempotent() -> None:
 
 
 def test_tensors_that_outlive_the_arena_are_safe_and_hold_no_memory() -> None:
-    before = rss_bytes()
+    before = resident_bytes()
     arena = HostArena(64 * MIB)
     arena.poison(0, arena.nbytes)
     tensor = torch.frombuffer(arena.view(0, arena.nbytes), dtype=torch.uint8)
     assert int(tensor[-1]) == 0xFF
     arena.close()
-    assert rss_bytes() - before < 16 * MIB
+    assert resident_bytes() - before < 16 * MIB
     other = HostArena(64 * MIB)
     other.poison(0, other.nbytes)
     # Were its addresses free, the second arena would have been placed there and be seen through the old tensor.

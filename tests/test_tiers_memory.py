@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import mmap
 import subprocess
 import sys
@@ -194,6 +195,7 @@ def test_on_this_machine_never_more_than_the_kernel_says() -> None:
 
 
 def test_resident_bytes_follow_what_is_touched() -> None:
+    gc.collect()
     before = rss_bytes()
     nbytes = 64 << 20
     with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:

@@ -296,20 +296,25 @@ class TestQueue:
                 assert not handles[i].cancel()
             assert reader.totals().records == 3
 
-    def test_demand_goes_first(self, file: ShardFile, slots: SlotBank) -> None:
+    def test_demand_goes_first(self, file: ShardFile, content: bytes, slots: SlotBank) -> None:
+        """Into the same memory: what is there at the end was read last."""
         with DiskReader(1) as reader:
             set_lanes(reader, file, 0)
-            guesses = [submit(reader, file, slots.slot(0), 0, 4 * MIB, Priority.PREFETCH) for _ in range(20)]
-            demand = submit(reader, file, slots.slot(1), 0, 1)
+            places = [slots.slot(0)[i * MIB : (i + 1) * MIB] for i in range(4)]
+            guesses = [
+                submit(reader, file, place, (8 + i) * MIB, MIB, Priority.PREFETCH) for i, place in enumerate(places)
+            ]
+            demand = submit(reader, file, slots.slot(0), 0, 4 * MIB)
             set_lanes(reader, file, 1)
-            demand.wait(PATIENCE_S)
-            assert not guesses[-1].ready, "80 MiB were read before one block"
-            for handle in guesses:
+            for handle in [demand, *guesses]:
                 handle.wait(PATIENCE_S)
+            for i, place in enumerate(places):
+                assert place == content[(8 + i) * MIB : (9 + i) * MIB], f"guess {i} was read before the demand"
 
     def test_the_first_of_many_is_there_early(self, file: ShardFile, slots: SlotBank) -> None:
         with DiskReader(4) as reader:
-            for _ in range(5):
+            end = time.monotonic() + PATIENCE_S
+            while time.monotonic() < end:
                 set_lanes(reader, file, 0)
                 handles = [submit(reader, file, slots.slot(i), 0, 4 * MIB) for i in range(8)]
                 set_lanes(reader, file, 4)
@@ -319,7 +324,7 @@ class TestQueue:
                 for handle in handles:
                     handle.wait(PATIENCE_S)
             else:
-                pytest.fail("the last of eight was there with the first, five times")
+                pytest.fail("the last of eight was there with the first, each time")
 
     def test_many_threads_lose_nothing(self, file: ShardFile, content: bytes, slots: SlotBank) -> None:
         outcomes: list[list[str]] = [[] for _ in range(4)]
@@ -600,6 +605,7 @@ class TestLifetimes:
         memory.close()
 
     def test_descriptors_and_threads_do_not_pile_up(self, path: Path, file: ShardFile, slots: SlotBank) -> None:
+        gc.collect()
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(50):
             with ShardFile(path) as again, DiskReader(2) as disk:
@@ -693,15 +699,14 @@ class TestProcesses:
         code = f"""
             set_lanes(0)
             handle = submit(0)
-            threading.Timer(0.2, lambda: {send}).start()
-            began = time.monotonic()
             try:
+                threading.Timer(0.2, lambda: {send}).start()
                 handle.wait()
             except KeyboardInterrupt:
-                print(time.monotonic() - began < 5, handle.ready, handle.cancel())
+                print(handle.ready, handle.cancel())
         """
         child = run_child(code, file.path)
-        assert (child.returncode, child.stdout, child.stderr) == (0, "True False True\n", "")
+        assert (child.returncode, child.stdout, child.stderr) == (0, "False True\n", "")
 
     def test_a_fork_is_told(self, file: ShardFile) -> None:
         code = """

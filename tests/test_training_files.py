@@ -84,7 +84,7 @@ def test_what_is_no_predictor_is_refused(tmp_path: Path) -> None:
         read_trained(path)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
 def test_damage_is_met_and_nothing_else_raised(place: float, bit: int, cut: bool, tmp_path: Path) -> None:
     path = make_file("pre_attention", MODEL, tmp_path)

@@ -95,6 +95,10 @@ class Disk:
 
 
 def _record_bytes(subject: Subject) -> int:
-    spec = subject.layers[0].spec
-    most = max(subject.source.record(spec.index, e).buffer_bytes for e in range(spec.num_experts))
+    # Layers of one shape still begin anywhere in their blocks.
+    most = max(
+        subject.source.record(layer.spec.index, expert).buffer_bytes
+        for layer in subject.layers
+        for expert in range(layer.spec.num_experts)
+    )
     return -(-most // BLOCK_BYTES) * BLOCK_BYTES

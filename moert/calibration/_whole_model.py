@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +24,15 @@ READ_TOKENS = 128
 PROMPT_TOKENS = 64
 MORE_TOKENS = 16
 """Of a text that is continued to see what a token takes."""
+
+
+class Reads(NamedTuple):
+    """Those of `Calibration`."""
+
+    read_step: Measured
+    read_start: Measured
+    miss: Measured
+    miss_start: Measured
 
 
 class WholeModel:
@@ -81,33 +92,32 @@ class WholeModel:
         low, middle, high = (max(0.0, s - known) for s in (whole.low, whole.seconds, whole.high))
         return whole, Measured(middle, low, high, whole.repeats, whole.is_steady)
 
-    def reads(self, costs: Costs, whole_s: float) -> tuple[Measured, Measured]:
-        """(a record more that a step waits for, what the first of them takes besides)
+    def reads(self, costs: Costs, whole_s: float) -> Reads:
+        """What records take that a step waits for.
 
-        Found as the two numbers with which the costs say of steps with one miss, and of steps with as many as a token
-        can have, what these took in the running model.
+        Found as the numbers with which the costs say of steps with one miss, and of steps with as many as a token can
+        have, what these took in the running model, and for how much of that the disk was at work.
         """
         shape = self._shape
         most = min(shape.top_k, *(shape.num_experts - len(r) for r in self._resident.values()))
         if most < 1:
-            return Measured.exactly(costs.read_s), Measured.exactly(0.0)
-        waits = {n: self._waits(n, whole_s) for n in {1, most}}
+            return Reads(Measured.exactly(costs.read_s), *[Measured.exactly(0.0)] * 3)
+        waits = {n: self._waits(n, whole_s) for n in sorted({1, most})}
         found = []
         for pick in ("low", "seconds", "high"):
-            wait_s = {n: getattr(wait, pick) for n, wait in waits.items()}
-            found.append(solve(costs, shape.top_k, wait_s))
-        steady = all(wait.is_steady for wait in waits.values())
-        repeats = sum(wait.repeats for wait in waits.values())
+            wait_s, disk_s = ({n: getattr(both[which], pick) for n, both in waits.items()} for which in (0, 1))
+            found.append(solve(costs, shape.top_k, wait_s, disk_s))
+        steady = all(one.is_steady for both in waits.values() for one in both)
+        repeats = sum(wait.repeats for wait, _ in waits.values())
 
         def joined(place: int) -> Measured:
-            middle = found[1][place]
             ends = [one[place] for one in found]
-            return Measured(middle, min(ends), max(ends), repeats, steady)
+            return Measured(found[1][place], min(ends), max(ends), repeats, steady)
 
-        return joined(0), joined(1)
+        return Reads(*map(joined, range(4)))
 
-    def _waits(self, misses: int, whole_s: float) -> Measured:
-        """How much longer a layer's step takes with so many experts missing."""
+    def _waits(self, misses: int, whole_s: float) -> tuple[Measured, Measured]:
+        """How much longer a layer's step takes with so many experts missing, and how long the disk is at work in it."""
 
         def ids(layer: int, tokens: int, k: int) -> torch.Tensor:
             if tokens > 1:
@@ -115,10 +125,19 @@ class WholeModel:
                 return self._some(layer, 0, k).expand(tokens, k)
             return self._some(layer, misses, k)
 
-        def sample() -> float:
-            return max(0.0, self._token_s(ids) - whole_s) / len(self._layers)
+        disk: list[float] = []
 
-        return sampled(sample)
+        def sample() -> float:
+            before_s = self._subject.disk_s()
+            wait_s = max(0.0, self._token_s(ids) - whole_s) / len(self._layers)
+            disk.append((self._subject.disk_s() - before_s) / (MORE_TOKENS * len(self._layers)))
+            return wait_s
+
+        wait = sampled(sample)
+        ordered = sorted(disk)
+        aside = len(ordered) // 4
+        middle = statistics.median(ordered)
+        return wait, Measured(middle, ordered[aside], ordered[-1 - aside], len(ordered), wait.is_steady)
 
     def prompt_reads(self, found: Calibration) -> Measured:
         """A record more that a prompt waits for whose tokens choose among all experts."""

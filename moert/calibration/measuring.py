@@ -60,14 +60,15 @@ def measure(
             read_step=read,
             read_prompt=read,
             read_start=Measured.exactly(0.0),
+            miss=Measured.exactly(0.0),
+            miss_start=Measured.exactly(0.0),
             expert_together=expert_together,
             step=step,
             rest=rest,
             token=token,
             disk_bytes_per_s=looked,
         )
-        read_step, read_start = model.reads(without.costs(), whole.seconds)
-        found = replace(without, read_step=read_step, read_start=read_start)
+        found = replace(without, **model.reads(without.costs(), whole.seconds)._asdict())
         found = replace(found, read_prompt=model.prompt_reads(found))
     tell(6, parts)
     return found

@@ -14,7 +14,7 @@ from moert.calibration.sampling import Measured
 from moert.errors import ConfigError, CorruptFileError
 from moert.schedule import Costs, Curve
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,15 @@ class Calibration:
     read_together: Measured
     """One record while the CPU computes without a pause."""
     read_step: Measured
-    """One record more that a step of the running model has to wait for."""
+    """For one record more that a step of the running model has to wait for, the disk is at work for so long."""
     read_prompt: Measured
     """One record more of the many that a prompt's step reads."""
     read_start: Measured
-    """What the first of a step's records takes besides that."""
+    """What the first of a step's records takes it besides that."""
+    miss: Measured
+    """For one record more a step takes so much longer besides."""
+    miss_start: Measured
+    """And this, if it has to wait for any."""
     expert_together: Measured
     """One expert and one token while the disk reads without a pause."""
     step: Mapping[int, Measured]
@@ -154,6 +158,8 @@ class Calibration:
             read_s=self.read_step.seconds * read_factor,
             cpu_start_s=self.call.seconds,
             read_start_s=self.read_start.seconds,
+            miss_start_s=self.miss_start.seconds,
+            miss_s=self.miss.seconds,
             read_few=self.shape.top_k,
             read_many_s=self.read_prompt.seconds * read_factor,
             cpu_slowdown=self.cpu_slowdown,
@@ -202,6 +208,8 @@ def from_dict(document: Any) -> Calibration:
             "read_step",
             "read_prompt",
             "read_start",
+            "miss",
+            "miss_start",
             "expert_together",
             "token",
         ):

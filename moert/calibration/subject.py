@@ -27,5 +27,7 @@ class Subject:
     generate: Callable[[int, int, Ids], tuple[float, float]]
     """(seconds until the first new token, seconds from that to the last) of a prompt of so many tokens and so many new
     ones, with these ids in place of the routers'."""
+    disk_s: Callable[[], float]
+    """Seconds in which at least one record was being read, so far."""
     forward_tokens: Sequence[int]
     """Prompts that are tried."""

@@ -119,7 +119,10 @@ def rows(known: Known) -> list[tuple[str, str]]:
         ("… beside compute", f"{_ms(found.read_together)}, {found.read_slowdown:.2f} times as long"),
         (
             "… in a step",
-            f"{_ms(found.read_step)} of a token, {_ms(found.read_prompt)} of a prompt; {_ms(found.read_start)} first",
+            (
+                f"{_ms(found.read_step)} of a token, {_ms(found.read_prompt)} of a prompt; {_ms(found.read_start)} "
+                f"first; of the CPU {_ms(found.miss_start)}, and {_ms(found.miss)} for each"
+            ),
         ),
         ("a layer's step", ", ".join(f"{_ms(found.step[n])} for {n}" for n in steps) + " tokens, besides experts"),
         (

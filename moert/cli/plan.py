@@ -16,6 +16,7 @@ from rich.text import Text
 from moert.cli.opening import reading
 from moert.cli.options import Json, Model, resolve_model
 from moert.cli.output import bar, facts, percent, print_json, rate, stdout
+from moert.cli.plan_ahead import at_most, check_asked, in_words, notes_of, simulated
 from moert.cli.routing import read_routing
 from moert.cli.timing import WIDE
 from moert.config import Budget, format_bytes, parse_budget
@@ -67,12 +68,22 @@ def plan(
         Path | None,
         typer.Option(metavar="TRACE", help="Routing to expect. Default: that of usual models.", show_default=False),
     ] = None,
+    predictor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --trace, what reads ahead of time are simulated with. Default: the runtime's own, or joint "
+            "where that one needs more than a trace has; none: not simulated.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Say what goes where, how fast the model will be, what holds it up, and the command to run it.
 
     Reads the model's configuration and file headers, no weights.
     """
+    check_asked(predictor, trace)
     with bar("reading headers"):
         folder = _folder(resolve_model(model))
         needs = _needs(folder)
@@ -95,6 +106,9 @@ def plan(
             host_memory=budgets["host_memory"],
             device_memory=budgets["device_memory"],
         )
+    if trace is not None and predictor != "none" and document["reads_ahead"] is not None:
+        with bar("simulating reads ahead of time"):
+            document["reads_ahead"] |= {"simulated": simulated(trace, predictor, needs, where, document)}
     document = {"model": model, "expected_routing": routing.source, **document}
     if machine == "this":
         from moert.cli.calibration import note_of
@@ -189,6 +203,7 @@ def make_plan(
         "smallest_expert_bytes": needs.least_bytes,
         "decode": {**_speed(decode), "range_tokens_per_s": _range(decoding, ends)},
         "decode_without_locality": _speed(worst),
+        "reads_ahead": at_most(decode) if layout.device is None and layout.is_read_from_disk else None,
         "prefill": {
             "prompt_tokens": prompt,
             **_speed(prefill),
@@ -296,6 +311,7 @@ def _print(document: dict[str, Any], console: Console) -> None:
         facts(
             [
                 ("decode", f"{_shown(decode)}, {percent(decode['hit_rate'])} of experts found"),
+                *in_words(document),
                 ("at worst", f"{rate(worst['tokens_per_s'])}, if routing prefers no expert"),
                 ("prefill", f"{_shown(prefill)} of a prompt of {prefill['prompt_tokens']}"),
                 ("held up by", _PARTS[decode["bottleneck"]]),
@@ -310,5 +326,6 @@ def _print(document: dict[str, Any], console: Console) -> None:
     notes += [document["machine_note"]] if "machine_note" in document else []
     if not document["cache_known"]:
         notes.append(f"The KV cache is unknown and counted as nothing: {document['cache_problem']}.")
+    notes += notes_of(document)
     for note in notes:
         console.print(Text(note, style="bright_black"), soft_wrap=True)

@@ -154,8 +154,8 @@ def _limit_text(document: dict[str, Any]) -> str:
     }
     parts = ", ".join(f"{seconds(value)} to {name}" for name, value in lost.items())
     return (
-        f"{percent(limit['share'])} of the {rate(limit['bound_tokens_per_s'])} that nothing can pass on this machine; "
-        f"a token loses {parts}"
+        f"{percent(limit['share'])} of the {rate(limit['bound_tokens_per_s'])} that nothing can pass on this machine, "
+        f"reads ahead of time included; a token loses {parts}"
     )
 
 

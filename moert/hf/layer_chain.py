@@ -28,7 +28,7 @@ class LayerChain:
 
     def __init__(self, layers: nn.ModuleList, forwards: Sequence[DecoderLayerForward | None]) -> None:
         """`forwards` are those of all the list's modules, in order; None: not to be run with others."""
-        self._children = layers._modules
+        self._children: dict[str, Any] = layers._modules
         self._names = list(layers._modules)
         self._forwards = forwards
         self._known: dict[int, KnownLayers] = {}

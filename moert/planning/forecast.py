@@ -64,6 +64,15 @@ class Speed:
         return self.tokens / self.seconds if self.seconds else math.inf
 
     @property
+    def overlapped_s(self) -> float:
+        """No schedule and no reads ahead of time make the step shorter than this, on a machine without a device.
+
+        The disk reads from the beginning to the end, beside everything else, what is read now and no more.
+        """
+        disk_s = self.busy.get("disk", 0.0)
+        return min(self.seconds, max(disk_s, sum(self.busy.values()) - disk_s))
+
+    @property
     def bottleneck(self) -> str:
         """The part that works longest."""
         return max(self.busy, key=lambda part: self.busy[part])

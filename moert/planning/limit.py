@@ -22,9 +22,17 @@ class Ran:
     """It stood still for a read."""
     compute_s: float
     """It computed experts."""
+    reads: float | None = None
+    """Records that were read meanwhile, for whoever waited and ahead of time; what was begun of one counts as its part.
+    None: one for each miss."""
+
+    @property
+    def records(self) -> float:
+        """That were read."""
+        return self.misses if self.reads is None else self.reads
 
     def __post_init__(self) -> None:
-        numbers = (self.tokens, self.seconds, self.hits, self.misses, self.stall_s, self.compute_s)
+        numbers = (self.tokens, self.seconds, self.hits, self.misses, self.stall_s, self.compute_s, self.records)
         if any(not (math.isfinite(n) and n >= 0) for n in numbers) or not self.tokens or not self.seconds:
             raise ConfigError(f"{self} is no run: it takes time for some tokens, and nothing of it is below 0")
 
@@ -35,11 +43,12 @@ class Limit:
 
     tokens_per_s: float
     bound_tokens_per_s: float
-    """No policy, no prefetching and no schedule passes this (`moert.simulate.bound`); it cannot quite be reached."""
+    """No policy, no prefetching and no schedule passes this (`moert.simulate.bound`): all that must be read is read,
+    and all of it beside computing. It cannot quite be reached."""
     own_bound_tokens_per_s: float
-    """The same with the misses that there were."""
+    """The same with the reads that there were."""
     lost_to_policy_s: float
-    """For misses that an optimal cache would not have had."""
+    """For reads that an optimal cache would not have made: for misses, and ahead of time for nothing."""
     lost_to_waiting_s: float
     """For the disk and the CPU not working at the same time."""
     lost_to_overhead_s: float
@@ -59,23 +68,22 @@ def limit_of(ran: Ran, *, least_misses: int, costs: Costs, other_s: float) -> Li
     """How far `ran` was from its limit.
 
     Args:
-        least_misses: the fewest that any policy can have on this routing with as many slots.
+        least_misses: the fewest that any policy can have on this routing with as many slots. What is read ahead of time
+            is no miss, but is read: this many reads there are at least.
         costs: of this machine and these experts, without a device.
         other_s: a token without its experts.
 
     Raises:
-        ConfigError: fewer misses than the least, or seconds below 0.
+        ConfigError: fewer reads than the least misses, or seconds below 0.
     """
     # Here, as it brings numba with it: this module is loaded with every model.
     from moert.simulate.bound import least_seconds
 
-    if not 0 <= least_misses <= ran.misses:
-        raise ConfigError(f"{ran.misses} misses are fewer than the {least_misses} that are the least: another run's")
-    accesses = ran.hits + ran.misses
+    if not 0 <= least_misses <= ran.records:
+        raise ConfigError(f"{ran.records} reads are fewer than the {least_misses} that are the least: another run's")
     other_s *= ran.tokens
-    bound_s, own_s = (
-        least_seconds(accesses=accesses, misses=n, other_s=other_s, costs=costs) for n in (least_misses, ran.misses)
-    )
+    bound_s = least_seconds(accesses=ran.hits + ran.misses, misses=least_misses, other_s=other_s, costs=costs)
+    own_s = max(bound_s, costs.read_s * ran.records)
     # A calibration that is a little too slow must not make a run faster than its limit.
     own_s = min(own_s, ran.seconds)
     bound_s = min(bound_s, own_s)

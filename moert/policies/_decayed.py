@@ -78,21 +78,35 @@ class DecayedSumPolicy(Policy):
         total, event = self._sums[expert]
         return total * self._factor ** (self._events[expert.layer] - event)
 
-    def _rank(self, expert: ExpertId) -> None:
-        total, event = self._sums.get(expert, (0.0, 0))
-        score = math.log(total / self.size(expert)) + self._rate * event if total > 0 else -math.inf
-        self._residents.setdefault(expert.layer, Ranking()).set(expert, score, self._orders.get(expert, 0))
+    def _rank(self, experts: Iterable[ExpertId]) -> None:
+        sums, orders, rate, residents = self._sums, self._orders, self._rate, self._residents
+        sized = self.sizes is not None
+        for expert in experts:
+            total, event = sums.get(expert, (0.0, 0))
+            if sized:
+                total /= self.size(expert)
+            ranking = residents.get(expert.layer)
+            if ranking is None:
+                ranking = residents[expert.layer] = Ranking()
+            score = math.log(total) + rate * event if total > 0 else -math.inf
+            ranking.set(expert, score, orders.get(expert, 0))
 
     def admit(self, expert: ExpertId) -> None:
-        self._rank(expert)
+        self._rank((expert,))
 
     def evict(self, expert: ExpertId) -> None:
         self._unranked.discard(expert)
         self._residents[expert.layer].remove(expert)
 
     def victim(self, locked: Collection[ExpertId]) -> ExpertId:
-        while self._unranked:
-            self._rank(self._unranked.pop())
+        if self._unranked:
+            self._rank(self._unranked)
+            self._unranked.clear()
+        if len(self._residents) == 1:
+            (only,) = self._residents.values()
+            found = only.lowest(locked)
+            assert found is not None, "every resident is locked"
+            return found.expert
         lowest: Rank | None = None
         for layer, residents in self._residents.items():
             rank = residents.lowest(locked)

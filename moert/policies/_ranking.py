@@ -33,7 +33,8 @@ class Ranking:
 
     def set(self, expert: ExpertId, score: float, order: int = 0) -> None:
         """Rank `expert`, whether it has a rank or not."""
-        rank = Rank(score, order, expert)
+        # What the constructor does, without its Python: this is on the way of every miss.
+        rank = tuple.__new__(Rank, (score, order, expert))
         self._ranks[expert] = rank
         heapq.heappush(self._heap, rank)
         if len(self._heap) > 32 + 4 * len(self._ranks):

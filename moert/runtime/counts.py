@@ -31,11 +31,12 @@ def total(layers: Sequence[LayerCache], *, read_s: float, slot_bytes: int, shrin
 
 
 def sums(layers: Sequence[LayerCache]) -> Sums:
-    """Hits, misses, stall_s and compute_s of all layers so far."""
+    """Hits, misses, stall_s, compute_s and bytes_read of all layers so far."""
     stats = [layer.stats for layer in layers]
     return (
         sum(one.hits for one in stats),
         sum(one.misses for one in stats),
         sum(one.stall_s for one in stats),
         sum(one.compute_s for one in stats),
+        sum(one.bytes_read for one in stats),
     )

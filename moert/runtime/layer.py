@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from moert.errors import MoertError
-from moert.formats import TensorSpec
+from moert.formats import RecordLayout, TensorSpec
 from moert.kernels.cpu_ffn import Expert
 from moert.kernels.moe_block import ExpertTable
 from moert.residency import Residency, Resize
@@ -22,14 +23,16 @@ from moert.runtime.staging import StagingBuffer, StagingPool
 from moert.runtime.stats import LayerStats
 from moert.runtime.storage import Storage
 from moert.tiers.arena import SlotBank
-from moert.tiers.disk import DiskReader, Moving, Priority, Read, ReadHandle
+from moert.tiers.disk import Buffer, DiskReader, PlannedRead, Priority, ReadHandle, ReadPlan, Window
 from moert.types import ExpertId
 
 Weights = Mapping[str, torch.Tensor]
 
+Place = tuple[int, int]
+"""An expert and the slot it is read into."""
 
-@dataclass(frozen=True)
-class Fetch:
+
+class Fetch(NamedTuple):
     """An expert on its way into its slot."""
 
     handle: ReadHandle
@@ -111,34 +114,49 @@ class LayerCache(ABC):
         return self._table
 
     @abstractmethod
-    def _can_submit(self) -> bool:
-        """Whether `_submit` has the buffers it needs now."""
+    def _can_submit(self, others: int = 0) -> bool:
+        """Whether there are now the buffers that one expert needs, beside so many others."""
 
     @abstractmethod
-    def _submit(self, expert: int, slot: int, priority: Priority) -> Fetch:
-        """Start reading `expert` into `slot`; returns at once."""
+    def _submit(self, places: Sequence[Place], priority: Priority) -> list[Fetch]:
+        """Start reading experts into slots, in this order, all of them or none; returns at once."""
 
     @abstractmethod
     def read_bytes(self, expert: int) -> int:
         """What bringing `expert` up reads, alignment included."""
 
-    def start(self, expert: ExpertId, priority: Priority) -> Fetch | None:
-        """Admit a missing expert and start reading it; returns at once. Settle it with `arrive`.
+    def start(self, experts: Iterable[ExpertId], priority: Priority) -> list[tuple[ExpertId, Fetch]]:
+        """Admit missing experts and start reading them, in this order; returns at once. Settle each with `arrive`.
 
         Returns:
-            None while there is no slot or no buffer for it: settle or release another expert first.
+            Those for which there was a slot and a buffer; of demands none after the first for which there was not.
+            Settle or release others before the rest is asked for again.
+
+        Raises:
+            MoertError: their reads cannot even be queued; none of them is admitted.
         """
-        if not self._can_submit():
-            return None
-        admission = self.residency.admit(expert)
-        if admission is None:
-            return None
-        self.count_residents()
+        started: list[ExpertId] = []
+        places: list[Place] = []
+        for expert in experts:
+            if not self._can_submit(len(started)):
+                break
+            admission = self.residency.admit(expert)
+            if admission is not None:
+                started.append(expert)
+                places.append((expert.expert, admission.slot))
+            elif priority is Priority.DEMAND:
+                break
+        if not started:
+            return []
         try:
-            return self._submit(expert.expert, admission.slot, priority)
+            fetches = self._submit(places, priority)
         except Exception:
-            self.residency.abandon(expert)
+            for expert in started:
+                self.residency.abandon(expert)
+            self.count_residents()
             raise
+        self.count_residents()
+        return list(zip(started, fetches, strict=True))
 
     def arrive(self, expert: ExpertId, fetch: Fetch) -> None:
         """Block until a started expert is resident.
@@ -176,7 +194,7 @@ class LayerCache(ABC):
         slot = self.residency.slot_of(expert)
         assert slot is not None, f"{expert} has not been started"
         try:
-            return self._submit(expert.expert, slot, Priority.DEMAND)
+            return self._submit([(expert.expert, slot)], Priority.DEMAND)[0]
         except Exception:
             self.residency.abandon(expert)
             raise
@@ -212,14 +230,26 @@ class ParameterLayer(LayerCache):
             self._fused[expert] = super().fused_expert(expert)
         return self._fused[expert]
 
-    def _can_submit(self) -> bool:
+    def _can_submit(self, others: int = 0) -> bool:
         return True
 
-    def _submit(self, expert: int, slot: int, priority: Priority) -> Fetch:
-        raise AssertionError(f"expert {expert} of {self.spec.name} is in memory and was fetched")
+    def _submit(self, places: Sequence[Place], priority: Priority) -> list[Fetch]:
+        raise AssertionError(f"experts {places} of {self.spec.name} are in memory and were fetched")
 
     def read_bytes(self, expert: int) -> int:
         return 0
+
+
+class _Known(NamedTuple):
+    """What there is to know of an expert's reads."""
+
+    read_bytes: int
+    layout: RecordLayout
+    """As in `record`."""
+    plan: ReadPlan
+    record: Record
+    is_plain: bool
+    """Its bytes are used as they are read."""
 
 
 class SlotLayer(LayerCache):
@@ -247,9 +277,10 @@ class SlotLayer(LayerCache):
         self._staging = staging
         self._poison = poison
         self._slots: list[Slot] = []
-        self._read_bytes: dict[int, int] = {}
-        self._moves: dict[int, object | None] = {}
-        """How the extension converts an expert's record; None: it cannot."""
+        self._buffers: list[Buffer] = []
+        """The same slots, as records are read into them."""
+        self._known: list[_Known | None] = [None] * spec.num_experts
+        """How each expert is read, once somebody has asked for it."""
         self._take_slots()
 
     def _slot_of(self, expert: int) -> Slot:
@@ -269,59 +300,71 @@ class SlotLayer(LayerCache):
         assert fused is not None
         return [slots[slot].expert(fused) for slot in self.residency.slots_of(experts)]
 
-    def _can_submit(self) -> bool:
-        return self._staging is None or self._staging.can_acquire()
+    def _can_submit(self, others: int = 0) -> bool:
+        return self._staging is None or self._staging.can_acquire(others + 1)
 
     def read_bytes(self, expert: int) -> int:
-        known = self._read_bytes.get(expert)
-        if known is None:
-            known = self._read_bytes[expert] = self._source.record(self.spec.index, expert).read_bytes
+        return (self._known[expert] or self._know(expert)).read_bytes
+
+    def _know(self, expert: int) -> _Known:
+        record = self._source.record(self.spec.index, expert)
+        windows = [
+            Window(self._source.files[span.file], span.offset, span.nbytes, position)
+            for span, position in zip(record.reads, record.positions, strict=True)
+        ]
+        is_plain = record.is_direct and record.check is None
+        known = _Known(record.read_bytes, record.layout, ReadPlan(windows, moves_of(record)), record, is_plain)
+        self._known[expert] = known
         return known
 
-    def _submit(self, expert: int, slot: int, priority: Priority) -> Fetch:
+    def _submit(self, places: Sequence[Place], priority: Priority) -> list[Fetch]:
         self._table = None
-        record = self._source.record(self.spec.index, expert)
-        if self._poison:
-            self._bank.poison(slot)
-        self._slots[slot].lay_out(record.layout)
+        buffers = self._buffers
+        wanted: list[PlannedRead] = []
+        staged: dict[int, StagingBuffer] = {}
+        try:
+            for expert, slot in places:
+                if self._poison:
+                    self._bank.poison(slot)
+                known = self._known[expert] or self._know(expert)
+                if known.is_plain:
+                    wanted.append(PlannedRead(known.plan, buffers[slot]))
+                else:
+                    wanted.append(self._planned(known, expert, slot, staged))
+            handles = self._reader.submit_planned(wanted, priority)
+        except BaseException:
+            for staging in staged.values():
+                staging.release()
+            raise
+        fetches = []
+        for (expert, slot), handle in zip(places, handles, strict=True):
+            read_bytes, layout = (self._known[expert] or self._know(expert))[:2]
+            # Nobody looks at a slot before it is filled.
+            self._slots[slot].lay_out(layout)
+            fetches.append(Fetch(handle, read_bytes, staged.get(expert)))
+        return fetches
+
+    def _planned(self, known: _Known, expert: int, slot: int, staged: dict[int, StagingBuffer]) -> PlannedRead:
+        """The read of a record of which more is to be done than reading it; `staged` gets the buffer that it takes."""
+        record, plan = known.record, known.plan
         check = None if record.check is None or record.check.is_over else record.check
         if record.is_direct:
-            reads = self._reads(record, self._bank.slot(slot))
-            finish = None if check is None else lambda _: check(reads)
-            return Fetch(self._reader.submit_read(reads, priority, finish=finish), self.read_bytes(expert))
+            buffer = self._buffers[slot]
+            finish = None if check is None else lambda _: check(plan.reads(buffer.memory))
+            return PlannedRead(plan, buffer, finish=finish)
         assert self._staging is not None
-        staging = self._staging.acquire()
+        staging = staged[expert] = self._staging.acquire()
         target = self._slots[slot].bytes
-        reads = self._reads(record, staging.memory)
 
         def convert(_: tuple[int, ...]) -> None:
             if record.check is not None:
-                record.check(reads)
+                record.check(plan.reads(staging.buffer.memory))
             record.fill(staging.tensor, target)
 
-        moving = None
-        if check is None:
-            if expert not in self._moves:
-                self._moves[expert] = moves_of(record)
-            moves = self._moves[expert]
-            moving = None if moves is None else Moving(moves, staging.memory, self._bank.slot(slot))
-        try:
-            handle = self._reader.submit_read(reads, priority, finish=convert, moving=moving)
-        except BaseException:
-            staging.release()
-            raise
-        return Fetch(handle, self.read_bytes(expert), staging)
-
-    def _reads(self, record: Record, buffer: memoryview) -> list[Read]:
-        return [
-            Read(
-                self._source.files[span.file],
-                span.offset,
-                span.nbytes,
-                buffer[position : position + span.window_bytes],
-            )
-            for span, position in zip(record.reads, record.positions, strict=True)
-        ]
+        if check is not None:
+            # The extension's threads know of no check.
+            plan = ReadPlan(plan.windows)
+        return PlannedRead(plan, staging.buffer, self._buffers[slot], convert)
 
     def resize(self, n_slots: int) -> Resize:
         """Have `n_slots` slots from now on, between steps; the caller has grown the bank before, or shrinks it after.
@@ -342,7 +385,7 @@ class SlotLayer(LayerCache):
             for move in waiting:
                 self.residency.drop(move.expert)
             self.count_residents()
-            del self._slots[n_slots:]
+            del self._slots[n_slots:], self._buffers[n_slots:]
         self._take_slots()
         return change
 
@@ -353,7 +396,7 @@ class SlotLayer(LayerCache):
         if not keep:
             self.residency.capacity = self._bank.n_slots
         self.recover(keep=keep)
-        self._slots = []
+        self._slots, self._buffers = [], []
         self._take_slots()
         for expert in self.residency.residents:
             layout = self._source.record(self.spec.index, expert.expert).layout
@@ -362,9 +405,11 @@ class SlotLayer(LayerCache):
     def _take_slots(self) -> None:
         """Views of the residency's slots that have none yet."""
         for slot in range(len(self._slots), self.residency.capacity):
-            self._slots.append(Slot(self._bank.slot(slot)))
+            memory = self._bank.slot(slot)
+            self._slots.append(Slot(memory))
+            self._buffers.append(Buffer(memory, self._bank.address(slot)))
 
     def close(self) -> None:
         """Drop every view of the bank's memory."""
         self._table = None
-        self._slots = []
+        self._slots, self._buffers = [], []

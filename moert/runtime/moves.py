@@ -8,6 +8,7 @@ left out. What is more than that is left to the function itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -94,12 +95,13 @@ def moves_of(record: Record) -> object | None:
     if record.sources is None:
         return None
     try:
-        moves = [
+        found = (
             move
             for spec, offset, source in zip(record.layout.specs, record.layout.offsets, record.sources, strict=True)
             for strip in _strips(spec, source)
             for move in _moves(record, spec, offset, strip)
-        ]
+        )
+        moves = list(islice(found, _MOST_MOVES + 1))
     # Whatever a conversion may raise for tensors that are not what it expects.
     except Exception:
         return None
@@ -109,13 +111,15 @@ def moves_of(record: Record) -> object | None:
 def _strips(spec: TensorSpec, source: Source) -> list[_Strip]:
     pieces = {}
     tensors = []
-    for piece in source.pieces:
-        tensor = torch.empty(piece.shape, dtype=piece.dtype, device="meta")
-        pieces[_storage(tensor)] = piece
-        tensors.append(tensor)
     watch = _Watch()
-    with torch.no_grad(), watch:
-        made = source.tensor(tensors)
+    # In inference mode `contiguous` and others are watched as they are, and not as the clones that they make.
+    with torch.inference_mode(False), torch.no_grad():
+        for piece in source.pieces:
+            tensor = torch.empty(piece.shape, dtype=piece.dtype, device="meta")
+            pieces[_storage(tensor)] = piece
+            tensors.append(tensor)
+        with watch:
+            made = source.tensor(tensors)
     if tuple(made.shape) != spec.shape:
         raise _Unknown(f"{made.shape}")
     places = [(made, torch.empty(spec.shape, device="meta"))]
@@ -150,6 +154,8 @@ def _collapse(
 
 def _moves(record: Record, spec: TensorSpec, offset: int, strip: _Strip) -> Iterator[_Move]:
     shape, sources, destinations = strip.shape, strip.source_strides, strip.destination_strides
+    if 0 in shape:
+        return
     if len(shape) > 2:
         for i in range(shape[0]):
             inner = _Strip(

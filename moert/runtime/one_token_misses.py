@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 
 from moert.errors import MoertError
-from moert.kernels.cpu_ffn import add_in_order
+from moert.kernels.cpu_ffn import ExpertFfn, add_in_order
 from moert.runtime.fused import FusedExperts
 from moert.runtime.layer import LayerCache
 from moert.runtime.look_ahead import LookAhead
@@ -42,93 +42,81 @@ def run_misses(
     Raises:
         CorruptFileError, TransferError: see `run_step`.
     """
-    step = _Step(layer, fused, hidden, event, pipeline)
+    awaited: set[ExpertId] = set()
     try:
-        step.run(picks, look_ahead)
+        held = _run(layer, fused.ffn, hidden, event, picks, pipeline, look_ahead, awaited)
     except MoertError:
-        step.close()
+        # Nobody waits for the rest of its reads.
+        pipeline.withdraw(awaited)
+        _end(layer)
         raise
-    step.close()
+    _end(layer)
     out = torch.zeros(1, hidden.shape[1])
-    add_in_order(step.held, places, weights, out)
+    add_in_order(held, places, weights, out)
     return out.to(hidden.dtype)
 
 
-class _Step:
-    """The state of one step; see `run_misses`."""
-
-    def __init__(
-        self,
-        layer: LayerCache,
-        fused: FusedExperts,
-        hidden: torch.Tensor,
-        event: list[ExpertId],
-        pipeline: Pipeline,
-    ) -> None:
-        self._layer = layer
-        self._ffn = fused.ffn
-        self._hidden = hidden
-        self._event = event
-        self._pipeline = pipeline
-        self._row_of = {expert: row for row, expert in enumerate(event)}
-        self.held = torch.zeros(len(event), hidden.shape[1])
-        """[K, D] of each expert of the event, not weighted."""
-        self._awaited: set[ExpertId] = set()
-
-    def run(self, picks: tuple[torch.Tensor, torch.Tensor], look_ahead: LookAhead | None) -> None:
-        layer, pipeline, stats = self._layer, self._pipeline, self._layer.stats
-        index = layer.spec.index
-        tells = look_ahead is not None and look_ahead.tells(index)
-        if look_ahead is not None and tells:
+def _run(
+    layer: LayerCache,
+    ffn: ExpertFfn,
+    hidden: torch.Tensor,
+    event: list[ExpertId],
+    picks: tuple[torch.Tensor, torch.Tensor],
+    pipeline: Pipeline,
+    look_ahead: LookAhead | None,
+    awaited: set[ExpertId],
+) -> torch.Tensor:
+    """What each expert of the event gives, not weighted: [K, D]. `awaited` are those whose reads it waits for."""
+    residency, stats, index = layer.residency, layer.stats, layer.spec.index
+    tells = look_ahead is not None and look_ahead.tells(index)
+    if look_ahead is not None and tells:
+        look_ahead.observe(index, *picks)
+        look_ahead.tell(index, event)
+    if look_ahead is not None:
+        # Before it is decided who leaves: what is given up makes room.
+        look_ahead.begin(index, event)
+    hits, misses, arriving = residency.begin(event)
+    awaited.update(misses)
+    residency.promise()
+    pipeline.demand(misses)
+    pipeline.pump()
+    # What the reads do not need comes after they have been asked for.
+    stats.hits += len(hits)
+    stats.misses += len(misses)
+    stats.forwarded += len(arriving)
+    if look_ahead is not None:
+        if not tells:
+            # What only later steps go by is learned while this one waits.
             look_ahead.observe(index, *picks)
-            look_ahead.tell(index, self._event)
-        if look_ahead is not None:
-            # Before it is decided who leaves: what is given up makes room.
-            look_ahead.begin(index, self._event)
-        hits, misses, arriving = layer.residency.begin(self._event)
-        stats.hits += len(hits)
-        stats.misses += len(misses)
-        stats.forwarded += len(arriving)
-        self._awaited.update(misses)
-        layer.residency.promise()
-        pipeline.demand(misses)
-        pipeline.pump()
-        if look_ahead is not None:
-            if not tells:
-                # What only later steps go by is learned while this one waits.
-                look_ahead.observe(index, *picks)
-            look_ahead.step(index, self._hidden)
-        ready: Sequence[ExpertId] = hits
-        while True:
-            if ready:
-                self._compute(ready)
-            if not self._awaited:
-                break
-            arrived = pipeline.collect()
-            if not arrived:
-                # What has been computed may have left its slot.
-                pipeline.pump()
-                begin = perf_counter()
-                try:
-                    arrived = pipeline.wait()
-                finally:
-                    stats.stall_s += perf_counter() - begin
+        look_ahead.step(index, hidden)
+    held = torch.zeros(len(event), hidden.shape[1])
+    row_of = {expert: row for row, expert in enumerate(event)}
+    ready: Sequence[ExpertId] = hits
+    while True:
+        if ready:
+            begin = perf_counter()
+            nothing = [None] * len(ready)
+            rows = [row_of[expert] for expert in ready]
+            ffn.run(hidden, layer.fused_experts(ready), nothing, nothing, held, out_rows=rows)
+            for expert in ready:
+                residency.release(expert)
+            stats.compute_s += perf_counter() - begin
+        if not awaited:
+            return held
+        arrived = pipeline.collect()
+        if not arrived:
+            # What has been computed may have left its slot.
             pipeline.pump()
-            ready = [expert for expert in arrived if expert in self._awaited]
-            self._awaited.difference_update(ready)
+            begin = perf_counter()
+            try:
+                arrived = pipeline.wait()
+            finally:
+                stats.stall_s += perf_counter() - begin
+        pipeline.pump()
+        ready = [expert for expert in arrived if expert in awaited]
+        awaited.difference_update(ready)
 
-    def close(self) -> None:
-        """End the step; after an error nobody waits for the rest of its reads."""
-        if self._awaited:
-            self._pipeline.withdraw(self._awaited)
-        self._layer.residency.end()
-        self._layer.count_residents()
 
-    def _compute(self, experts: Sequence[ExpertId]) -> None:
-        begin = perf_counter()
-        rows = [self._row_of[expert] for expert in experts]
-        nothing = [None] * len(rows)
-        self._ffn.run(self._hidden, self._layer.fused_experts(experts), nothing, nothing, self.held, out_rows=rows)
-        for expert in experts:
-            self._layer.residency.release(expert)
-        self._layer.stats.compute_s += perf_counter() - begin
+def _end(layer: LayerCache) -> None:
+    layer.residency.end()
+    layer.count_residents()

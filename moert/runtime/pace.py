@@ -24,6 +24,8 @@ class Decoding:
     misses: int = 0
     stall_s: float = 0.0
     compute_s: float = 0.0
+    bytes_read: int = 0
+    """What nobody waited for too."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -31,8 +33,8 @@ class Decoding:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-Sums = tuple[int, int, float, float]
-"""Hits, misses, stall_s and compute_s of all layers so far."""
+Sums = tuple[int, int, float, float, int]
+"""Hits, misses, stall_s, compute_s and bytes_read of all layers so far."""
 
 
 class Pace:
@@ -47,7 +49,7 @@ class Pace:
         """From here on."""
         self._tokens = self._steps = 0
         self._seconds = 0.0
-        self._done: Sums = (0, 0, 0.0, 0.0)
+        self._done: Sums = (0, 0, 0.0, 0.0, 0)
         self._base: Sums | None = None
         self._last = 0.0
 
@@ -71,10 +73,10 @@ class Pace:
         """The counts of all decoding so far."""
         if self._base is None:
             return self._done
-        hits, misses, stall_s, compute_s = (
+        hits, misses, stall_s, compute_s, bytes_read = (
             done + now - before for done, now, before in zip(self._done, self._sums(), self._base, strict=True)
         )
-        return int(hits), int(misses), stall_s, compute_s
+        return int(hits), int(misses), stall_s, compute_s, int(bytes_read)
 
     def decoding(self) -> Decoding:
         """What there has been since `reset`."""

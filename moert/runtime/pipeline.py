@@ -138,26 +138,44 @@ class Pipeline:
             TransferError, MoertError: a read cannot even be queued.
         """
         for priority, queue in self._queues.items():
-            for expert in list(queue):
-                if not self._has_room(expert, priority):
-                    return
-                fetch = self._layers[expert.layer].start(expert, priority)
-                if fetch is None:
-                    if priority is Priority.DEMAND:
-                        return  # what nobody waits for must not take the slot or buffer that is freed next
-                    continue
+            if queue and not self._start(priority, queue):
+                return
+
+    def _start(self, priority: Priority, queue: dict[ExpertId, int]) -> bool:
+        """Start what may be started of one class; whether those of the classes below may be."""
+        waiting = list(queue)
+        while waiting:
+            batch = self._batch(waiting, priority)
+            if not batch:
+                return False
+            started = self._layers[batch[0].layer].start(batch, priority)
+            for expert, fetch in started:
                 del queue[expert]
                 self._in_flight[expert] = _Transfer(priority, fetch)
                 self.bytes_in_flight += fetch.read_bytes
+            if priority is Priority.DEMAND and len(started) < len(batch):
+                return False  # what nobody waits for must not take the slot or buffer that is freed next
+            del waiting[: len(batch)]
+        return True
 
-    def _has_room(self, expert: ExpertId, priority: Priority) -> bool:
-        if not self._in_flight:
-            return True
+    def _batch(self, waiting: Sequence[ExpertId], priority: Priority) -> list[ExpertId]:
+        """The first of these, as far as they are of one layer and there is room for all of them."""
         share = 1 if priority is Priority.DEMAND else 2
-        if share * (len(self._in_flight) + 1) > self._max_in_flight:
-            return False
-        read_bytes = self._layers[expert.layer].read_bytes(expert.expert)
-        return self._max_bytes is None or share * (self.bytes_in_flight + read_bytes) <= self._max_bytes
+        layer = self._layers[waiting[0].layer]
+        in_flight, nbytes = len(self._in_flight), self.bytes_in_flight
+        batch: list[ExpertId] = []
+        for expert in waiting:
+            if expert.layer != waiting[0].layer:
+                break
+            nbytes += layer.read_bytes(expert.expert)
+            in_flight += 1
+            if in_flight > 1 and (
+                share * in_flight > self._max_in_flight
+                or (self._max_bytes is not None and share * nbytes > self._max_bytes)
+            ):
+                break
+            batch.append(expert)
+        return batch
 
     def collect(self) -> list[ExpertId]:
         """Settle what has arrived; the experts that are resident now. Never blocks.

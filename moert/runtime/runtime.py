@@ -395,6 +395,8 @@ class OffloadRuntime(UsedAlone):
                     layer.close()
             if self._source is not None:
                 self._source.close()
+            if self._staging is not None:
+                self._staging.close()
             if self._tier is not None:
                 self._tier.close()
 

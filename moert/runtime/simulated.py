@@ -56,9 +56,10 @@ def simulate_live(
     `moert.simulate.timed.simulate_time` says what a schedule takes. Here it is the engine itself that runs: its step
     of a layer, its pipeline, and what it does with predictions (`moert.runtime.look_ahead`: what is read ahead, how
     often expectations come true, when prefetches are left off), with a clock that follows the costs in the place of
-    time. Without a predictor both agree, as long as events fit their caches. All passes take time, but only those
-    that count are in the result. Work besides experts uses the memory as they do: while reads go on beside it, both
-    slow each other down alike.
+    time. Without a predictor both agree, as long as events fit their caches and one token chooses each of their
+    experts: the engine computes experts in another order where some have more tokens. All passes take time, but only
+    those that count are in the result. Work besides experts uses the memory as they do: while reads go on beside it,
+    both slow each other down alike.
 
     Blocks; some 5000 events a second. For one sequence after another.
 
@@ -75,8 +76,11 @@ def simulate_live(
             needs what a trace does not have.
         CapacityError, CorruptFileError: as `simulate_time`.
     """
-    if not layer_s >= 0 or layer_s == float("inf"):
-        raise ConfigError(f"layer_s={layer_s} must be finite and not negative")
+    for name, seconds in (("layer_s", layer_s), ("predict_s", predict_s)):
+        if seconds is not None and not 0 <= seconds < float("inf"):
+            raise ConfigError(f"{name}={seconds} must be finite and not negative")
+    if lanes < 1:
+        raise ConfigError(f"lanes={lanes} must be at least 1")
     source = EventSource(trace, Reading(count))
     header = source.header
     by_layer = [costs] * len(header.layers) if isinstance(costs, Costs) else list(costs)
@@ -86,6 +90,8 @@ def simulate_live(
         raise ConfigError("the engine's steps are simulated on a CPU and a disk; these costs have a device")
     sizes = expert_sizes(header.layers, expert_bytes)
     caches = plan_caches(parse_capacity(capacity), header.layers, "layer", sizes)
+    if not sum(events.tokens for events in source):
+        raise ConfigError(f"nothing counts in {source.name}, so there is nothing to time")
     with open_trace(trace) as opened:
         sequences = list(opened)
     run = _Run(header, [int(n) for n in caches.capacity], policy, by_layer, layer_s, lanes, sizes)
@@ -100,8 +106,6 @@ def simulate_live(
             raise ConfigError(f"sequence {number} runs beside the one before it; one after another can be simulated")
         last = int(sequence.steps.max())
         run.sequence(sequence, count)
-    if not run.tokens:
-        raise ConfigError(f"nothing counts in {source.name}, so there is nothing to time")
     accesses = run.hits + run.misses
     bound_s, own_bound_s = bounds(
         source, capacity, by_layer, run.events * layer_s, accesses, run.misses, expert_bytes=expert_bytes
@@ -125,6 +129,12 @@ def simulate_live(
         read_ahead=run.reads - (run.misses - run.forwarded),
         predict_s=run.thought_s,
     )
+
+
+def at_hand_in(trace: TraceSource) -> set[Need]:
+    """What predictors can be told of a trace."""
+    with open_trace(trace) as opened:
+        return _at_hand(list(opened))
 
 
 def _at_hand(sequences: Items[Sequence]) -> set[Need]:
@@ -310,10 +320,10 @@ class _Run:
         machine, costs = self._machine, layer.costs
         machine.work(self._layer_s, costs.cpu_slowdown, costs.read_slowdown)
         needed = [layer.ids[expert] for expert in np.unique(experts[is_there]).tolist()]
-        missing = sum(expert not in layer.residency for expert in needed)
+        missing = [expert for expert in needed if expert not in layer.residency]
         if one.counted:
             self.events += 1
-            self.event_hits.append(len(needed) - missing)
+            self.event_hits.append(len(needed) - len(missing))
         hidden = torch.zeros(len(experts), 1)
         ids = torch.from_numpy(np.where(is_there, experts, layer.spec.num_experts).astype(np.int64))
         weights = torch.from_numpy(np.where(is_there, np.maximum(one.weights[:, index], 1e-9), 0))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from moert.tiers.arena import SlotBank
+from moert.tiers.disk import Buffer
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class StagingBuffer:
 
     pool: StagingPool
     index: int
-    memory: memoryview
+    buffer: Buffer
     tensor: torch.Tensor
 
     def release(self) -> None:
@@ -31,17 +32,27 @@ class StagingPool:
         self._bank = bank
         self._free = list(range(bank.n_slots))
         self._lock = threading.Lock()
+        self._buffers: dict[int, StagingBuffer] = {}
+        """Those that have been lent, as they are lent again."""
 
-    def can_acquire(self) -> bool:
-        """Whether a buffer is free. Only one thread acquires, so the answer stays true until it does."""
-        return bool(self._free)
+    def can_acquire(self, count: int = 1) -> bool:
+        """Whether so many buffers are free. Only one thread acquires, so the answer stays true until it does."""
+        return len(self._free) >= count
 
     def acquire(self) -> StagingBuffer:
         """A free buffer; there must be one."""
         with self._lock:
             index = self._free.pop()
-        memory = self._bank.slot(index)
-        return StagingBuffer(self, index, memory, torch.frombuffer(memory, dtype=torch.uint8))
+        buffer = self._buffers.get(index)
+        if buffer is None:
+            memory = self._bank.slot(index)
+            tensor = torch.frombuffer(memory, dtype=torch.uint8)
+            buffer = self._buffers[index] = StagingBuffer(self, index, Buffer(memory, tensor.data_ptr()), tensor)
+        return buffer
+
+    def close(self) -> None:
+        """Drop every view of the bank's memory; nothing uses them any more."""
+        self._buffers.clear()
 
     def recover(self) -> None:
         """Take back every buffer; nothing uses them any more."""

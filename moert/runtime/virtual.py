@@ -24,10 +24,11 @@ CHUNK_BYTES = 1 << 20
 class VirtualRead:
     """A read's handle, as the engine's steps use one (`ReadHandle`); waiting for it lets time pass."""
 
-    def __init__(self, machine: VirtualMachine, seconds: float, chunks: int, priority: Priority) -> None:
+    def __init__(self, machine: VirtualMachine, seconds: float, nbytes: int, priority: Priority) -> None:
         self._machine = machine
+        self._nbytes = nbytes
         self.read_s = seconds
-        self.chunks = chunks
+        self.chunks = max(1, round(nbytes / CHUNK_BYTES))
         self.begun = self.ended = 0
         """Of the chunks."""
         self.priority = priority
@@ -42,7 +43,7 @@ class VirtualRead:
     @property
     def wasted(self) -> int:
         """Bytes that were read for nothing."""
-        return self.ended * CHUNK_BYTES if self.is_given_up and self.ready else 0
+        return self._nbytes * self.ended // self.chunks if self.is_given_up and self.ready else 0
 
     def end_chunk(self) -> None:
         """One more has been read."""
@@ -108,7 +109,7 @@ class VirtualMachine:
 
     def submit(self, seconds: float, start_s: float, nbytes: int, priority: Priority) -> VirtualRead:
         """A read that takes so long, and `start_s` more if nothing is being read; returns at once."""
-        read = VirtualRead(self, seconds, max(1, round(nbytes / CHUNK_BYTES)), priority)
+        read = VirtualRead(self, seconds, nbytes, priority)
         is_idle = not self._begun
         self.line_up(read)
         if is_idle:
@@ -246,10 +247,12 @@ class VirtualLayer(LayerCache):
         self._record_bytes = expert_bytes
         self._read_s = costs.read_s
 
-    def step(self, misses: int, run: Callable[[], object]) -> None:
-        """Call `run`, which runs a step of this layer with so many experts that are not resident."""
-        few = self.costs.read_few
-        self._read_s = self.costs.read_s if few is None or misses <= few else self.costs.read_many_s
+    def step(self, missing: Sequence[ExpertId], run: Callable[[], object]) -> None:
+        """Call `run`, which runs a step of this layer that needs these experts, which are not resident."""
+        costs, misses = self.costs, len(missing)
+        self._read_s = costs.read_many_s if costs.is_many(misses) else costs.read_s
+        asked = sum(expert not in self.residency.arriving for expert in missing)
+        self._machine.work(costs.lead_s(misses, asked), costs.cpu_slowdown, costs.read_slowdown)
         self._kernels.begin()
         run()
         self._kernels.end()
@@ -266,10 +269,16 @@ class VirtualLayer(LayerCache):
     def read_bytes(self, expert: int) -> int:
         return self._record_bytes
 
-    def _can_submit(self) -> bool:
+    def _can_submit(self, others: int = 0) -> bool:
         return True
 
-    def _submit(self, expert: int, slot: int, priority: Priority) -> Fetch:
-        self.reads += 1
-        read = self._machine.submit(self._read_s, self.costs.read_start_s, self._record_bytes, priority)
-        return Fetch(cast("ReadHandle", read), self._record_bytes)
+    def _submit(self, places: Sequence[tuple[int, int]], priority: Priority) -> list[Fetch]:
+        self.reads += len(places)
+        if priority is not Priority.DEMAND:
+            # What is asked for in time is no less work, but the disk may have something to do meanwhile.
+            costs = self.costs
+            self._machine.work(costs.miss_s * len(places), costs.cpu_slowdown, costs.read_slowdown)
+        reads = [
+            self._machine.submit(self._read_s, self.costs.read_start_s, self._record_bytes, priority) for _ in places
+        ]
+        return [Fetch(cast("ReadHandle", read), self._record_bytes) for read in reads]

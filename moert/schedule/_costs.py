@@ -67,9 +67,14 @@ class Costs:
     """After the last one: waiting for it, and adding up what both computed."""
     read_start_s: float = 0.0
     """Before the first byte of an event's reads is there. This and what follows is of machines without a device."""
+    miss_start_s: float = 0.0
+    """What the CPU takes for an event that misses something, once, while it neither reads nor computes: it goes another
+    way than one that finds all."""
+    miss_s: float = 0.0
+    """The same for each miss: making room, asking for it, and whatever is slower because of it."""
     read_few: int | None = None
     """Events with more reads than so many, as a prompt's, take `read_many_s` for each instead of `read_s`. None: no
-    event does."""
+    event does. Of those neither of the two before counts: there is enough to do beside them."""
     read_many_s: float = 0.0
     cpu_slowdown: float = 1.0
     """How many times as long the CPU takes while the disk reads."""
@@ -78,7 +83,16 @@ class Costs:
     _cpu_times: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("move_s", "read_s", "cpu_start_s", "merge_s", "read_start_s", "read_many_s"):
+        for name in (
+            "move_s",
+            "read_s",
+            "cpu_start_s",
+            "merge_s",
+            "read_start_s",
+            "read_many_s",
+            "miss_start_s",
+            "miss_s",
+        ):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name}={value} must be finite and not negative")
@@ -86,6 +100,16 @@ class Costs:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 1):
                 raise ConfigError(f"{name}={value} must be finite and at least 1")
+
+    def is_many(self, misses: int) -> bool:
+        """Whether an event with so many reads takes `read_many_s` for each."""
+        return self.read_few is not None and misses > self.read_few
+
+    def lead_s(self, misses: int, asked: int | None = None) -> float:
+        """Before an event with so many misses reads anything; `asked`: of them, those not asked for before."""
+        if not misses or self.is_many(misses):
+            return 0.0
+        return self.miss_start_s + self.miss_s * (misses if asked is None else asked)
 
     def cpu_s(self, tokens: int) -> float:
         """One expert on the CPU for so many tokens."""

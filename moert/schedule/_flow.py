@@ -54,9 +54,9 @@ def _disk_and_cpu(schedule: Schedule, costs: Costs, room: int) -> Timing:
     """Both work at once, each at the pace that the other leaves it, until there is nothing left to do."""
     arrived: set[ExpertId] = set()
     from_disk = {item.expert for item in schedule.read}
-    is_many = costs.read_few is not None and len(from_disk) > costs.read_few
-    read_s = costs.read_many_s if is_many else costs.read_s
-    now = disk_s = 0.0
+    read_s = costs.read_many_s if costs.is_many(len(from_disk)) else costs.read_s
+    now = costs.lead_s(len(from_disk))
+    disk_s = 0.0
     reads, runs = iter(schedule.read), iter(schedule.cpu)
     read, run = next(reads, None), next(runs, None)
     read_left = costs.read_start_s + read_s

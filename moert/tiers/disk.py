@@ -10,20 +10,25 @@ from collections import deque
 from collections.abc import Sequence
 
 from moert.tiers.arena import HostArena, SlotBank
+from moert.tiers.read_plan import Buffer, PlannedRead, ReadPlan, Window
 from moert.tiers.reader import DiskReader, Moving, Priority, Read, ReadHandle, ReadTotals
 from moert.tiers.shard_file import BLOCK_BYTES, FileCalls, FileIdentity, ShardFile, window_bytes
 
 __all__ = [
     "BLOCK_BYTES",
+    "Buffer",
     "DiskReader",
     "FileCalls",
     "FileIdentity",
     "Moving",
+    "PlannedRead",
     "Priority",
     "Read",
     "ReadHandle",
+    "ReadPlan",
     "ReadTotals",
     "ShardFile",
+    "Window",
     "measure_read_bandwidth",
     "window_bytes",
 ]

@@ -10,6 +10,8 @@ import ctypes
 import os
 import threading
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from moert import _C
 from moert.errors import MoertError
@@ -26,6 +28,7 @@ from moert.tiers.read import (
     not_in_time,
     record_bytes,
 )
+from moert.tiers.read_plan import Buffer, PlannedRead, ReadPlan
 from moert.tiers.shard_file import BLOCK_BYTES, ShardFile
 from moert.tiers.thread_reads import ThreadReads
 
@@ -49,30 +52,40 @@ def _moves(moving: Moving, memory: list[object]) -> tuple[object, int, int, int,
     return (moving.moves, ends[0], ends[1], ends[2], ends[3])
 
 
+class _Kept(NamedTuple):
+    """A record that was asked for read by read, and what keeps the addresses valid that they go to."""
+
+    reads_of: tuple[Read, ...]
+    memory: list[object]
+    files: list[ShardFile]
+    finish: Finish | None
+
+    @property
+    def nbytes(self) -> int:
+        return record_bytes(self.reads_of)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        return tuple(read.offset % BLOCK_BYTES for read in self.reads_of)
+
+    def reads(self) -> tuple[Read, ...]:
+        return self.reads_of
+
+
 class NativeHandle(ReadHandle):
     """A record that the extension reads."""
 
-    def __init__(
-        self,
-        owner: NativeReads,
-        record: object,
-        reads: tuple[Read, ...],
-        memory: list[object],
-        priority: Priority,
-        finish: Finish | None,
-        files: list[ShardFile],
-    ) -> None:
+    _settled = False
+    _again: ReadHandle | None = None
+    _error: MoertError | None = None
+    _starts: tuple[int, ...] = ()
+
+    def __init__(self, owner: NativeReads, record: object, wanted: _Kept | PlannedRead, priority: Priority) -> None:
+        """`wanted` keeps the record's memory, and its files are in use."""
         self._owner = owner
         self._record = record
-        self._reads = reads
-        self._memory = memory
-        self._finish = finish
-        self._files = files
-        self._starts = tuple(read.offset % BLOCK_BYTES for read in reads)
+        self._wanted: _Kept | PlannedRead | None = wanted
         self.priority = priority
-        self._settled = False
-        self._again: ReadHandle | None = None
-        self._error: MoertError | None = None
 
     @property
     def ready(self) -> bool:
@@ -95,7 +108,8 @@ class NativeHandle(ReadHandle):
             self._owner.check_process()
             end = None if timeout is None else time.monotonic() + timeout
             if _C.record_wait(self._record, timeout) == _UNDER_WAY:
-                raise not_in_time(record_bytes(self._reads), timeout)
+                assert self._wanted is not None
+                raise not_in_time(self._wanted.nbytes, timeout)
             self._owner.settle(self)
             if end is not None:
                 timeout = max(0.0, end - time.monotonic())
@@ -164,7 +178,6 @@ class NativeReads:
         memory: list[object] = []
         lent: list[ShardFile] = []
         is_kept = False
-        self._tune()
         try:
             for read in reads:
                 file = read.file
@@ -178,10 +191,8 @@ class NativeReads:
                 parts.append((window.fd, *file.identity, window.begin, window.nbytes, window.needed, window.address))
             moves = None if moving is None else _moves(moving, memory)
             record = _C.reader_submit(self._reader, priority, record_bytes(reads), parts, moves)
-            handle = NativeHandle(self, record, reads, memory, priority, finish, lent)
-            with self._lock:
-                self._unsettled.add(handle)
-                dropped = len(self._unsettled) >= self._sweep_at
+            handle = NativeHandle(self, record, _Kept(reads, memory, lent, finish), priority)
+            self._add([handle])
             is_kept = True
         except (MoertError, RuntimeError):
             return None
@@ -189,9 +200,66 @@ class NativeReads:
             if not is_kept:
                 for file in lent:
                     file.end_use()
-        if dropped:
-            self.sweep()
+        self._look_after()
         return handle
+
+    def submit_planned(self, wanted: Sequence[PlannedRead], priority: Priority) -> list[NativeHandle] | None:
+        """Queue these records, in order; None, and nothing has happened, if one is not for these threads, or they are
+        closed."""
+        plans: list[tuple[object, ...]] = []
+        lent: list[ShardFile] = []
+        is_kept = False
+        try:
+            for plan, buffer, destination, finish in wanted:
+                if finish is not None and plan.moves is None:
+                    return None
+                native = plan.native or self._plan(plan, buffer)
+                if native is None:
+                    return None
+                for file in plan.files:
+                    if not file.direct:
+                        return None
+                    file.begin_use()
+                    lent.append(file)
+                place = (native, buffer.address, len(buffer.memory))
+                if plan.moves is None:
+                    plans.append(place)
+                else:
+                    assert destination is not None
+                    plans.append((*place, destination.address, len(destination.memory)))
+            records = _C.reader_submit_plans(self._reader, priority, plans)
+            handles = [NativeHandle(self, record, one, priority) for record, one in zip(records, wanted, strict=True)]
+            self._add(handles)
+            is_kept = True
+        except (MoertError, RuntimeError):
+            return None
+        finally:
+            if not is_kept:
+                for file in lent:
+                    file.end_use()
+        self._look_after()
+        return handles
+
+    def _plan(self, plan: ReadPlan, buffer: Buffer) -> object | None:
+        parts: list[_Part] = []
+        for read in plan.reads(buffer.memory):
+            window = read.file.direct_window(read.offset, read.nbytes, read.destination)
+            if window is None:
+                return None
+            place = window.address - buffer.address
+            parts.append((window.fd, *read.file.identity, window.begin, window.nbytes, window.needed, place))
+        plan.native = _C.read_plan(plan.nbytes, parts, plan.moves)
+        return plan.native
+
+    def _add(self, handles: Sequence[NativeHandle]) -> None:
+        with self._lock:
+            self._unsettled.update(handles)
+
+    def _look_after(self) -> None:
+        """What can wait until the reads are under way."""
+        if len(self._unsettled) >= self._sweep_at:
+            self.sweep()
+        self._tune()
 
     def settle(self, handle: NativeHandle, *, here: bool = False) -> None:
         """Take over what the extension made of a record, and let go of its memory and files.
@@ -201,24 +269,24 @@ class NativeReads:
         with self._lock:
             if handle._settled:
                 return
+            wanted = handle._wanted
+            assert wanted is not None
             state = _C.record_state(handle._record)
             if state == _FAILED:
                 try:
                     handle._again = (
-                        self._threads.read_here(handle._reads, handle._finish)
+                        self._threads.read_here(wanted.reads(), wanted.finish)
                         if here
-                        else self._threads.submit(handle._reads, Priority.DEMAND, handle._finish)
+                        else self._threads.submit(wanted.reads(), Priority.DEMAND, wanted.finish)
                     )
                 except MoertError as error:
                     handle._error = error
             elif state != _WHOLE:
                 handle._error = cancelled() if state == _CANCELLED else closed_before()
-            for file in handle._files:
+            for file in wanted.files:
                 file.end_use()
-            handle._files = []
-            handle._reads = ()
-            handle._memory = []
-            handle._finish = None
+            handle._starts = wanted.starts
+            handle._wanted = None
             self._unsettled.discard(handle)
             handle._settled = True
 

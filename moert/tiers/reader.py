@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import weakref
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from moert import _C
 from moert.tiers.depth import START_DEPTH
 from moert.tiers.native_reads import NativeReads, guess_lanes
 from moert.tiers.read import Finish, Moving, Priority, Read, ReadHandle, ReadTotals, reader_closed
+from moert.tiers.read_plan import PlannedRead
 from moert.tiers.thread_reads import ThreadReads
 
 __all__ = ["DiskReader", "Finish", "Moving", "Priority", "Read", "ReadHandle", "ReadTotals"]
@@ -110,6 +112,33 @@ class DiskReader:
             if handle is not None:
                 return handle
         return self._reads.threads.submit(wanted, priority, finish)
+
+    def submit_planned(
+        self, wanted: Sequence[PlannedRead], priority: Priority = Priority.DEMAND
+    ) -> Sequence[ReadHandle]:
+        """Queue several records, in this order and all of them, or none: `submit_read` of each, with less around it.
+
+        Returns at once, unless it raises: then it waits for what had been begun. The buffers and destinations belong
+        to the reader until the handles are ready.
+
+        Raises:
+            MoertError: see `submit_read`.
+        """
+        native = self._reads.native.submit_planned(wanted, priority)
+        if native is not None:
+            return native
+        handles: list[ReadHandle] = []
+        try:
+            for one in wanted:
+                handles += [self.submit_read(one.reads(), priority, one.finish, one.moving)]
+        except Exception:
+            for handle in handles:
+                handle.give_up()
+            for handle in handles:
+                with contextlib.suppress(Exception):  # the error that ended it is the one to report
+                    handle.wait()
+            raise
+        return handles
 
     def totals(self) -> ReadTotals:
         """Records and record bytes read so far (without the rounding to blocks), and how long a disk was busy."""

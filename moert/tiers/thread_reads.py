@@ -24,7 +24,6 @@ from moert.tiers.read import (
     record_bytes,
 )
 
-
 LOOK_S = 60.0
 """An idle thread looks so often whether its reader is closed: one that shut it down itself, on its way to sleep, has
 woken nobody."""

@@ -195,7 +195,7 @@ void chunks_cover_a_part_once() {
         const Part part{3, {}, 8 * kBlock, blocks * kBlock, blocks * kBlock - 7, reinterpret_cast<uint8_t*>(kBlock)};
         size_t end = 0, needed = 0;
         for (const moert::Chunk& chunk : moert::cut(part, 5)) {
-            CHECK(chunk.offset == part.offset + end && chunk.destination == part.destination + end);
+            CHECK(chunk.begin == end);
             CHECK(chunk.nbytes % kBlock == 0 && chunk.nbytes > 0 && chunk.nbytes < 3 * kChunk / 2);
             CHECK(chunk.nbytes >= kChunk / 2 || chunk.nbytes == part.window_bytes);
             CHECK(chunk.needed > 0 && chunk.needed <= chunk.nbytes && chunk.part == 5);
@@ -278,6 +278,56 @@ void guesses_leave_lanes_free() {
     for (const SharedRecord& record : records) CHECK(wait_for(record) == ReadState::kWhole);
 }
 
+void many_at_once_are_read_in_order_by_all_lanes() {
+    Bench bench({4, 2});
+    for (size_t i = 0; i < 4; i++) bench.block(i);
+    await("the threads", [&] { return bench.reader.records() == 4; });
+    settle_down();
+    shut();
+    std::vector<moert::Wanted> wanted;
+    for (size_t i = 0; i < 3; i++) {
+        const Part part = bench.file.part(i * kSlot, kSlot, bench.memory.slots[i]);
+        // Cut for another destination: it is the same for any.
+        wanted.push_back({{part}, moert::share_out({bench.file.part(i * kSlot, kSlot, nullptr)}), kSlot, {}});
+    }
+    const std::vector<SharedRecord> records = bench.reader.submit(std::move(wanted), ReadClass::kDemand);
+    for (size_t round = 4; round <= 9; round++) {
+        await_begun(round);
+        settle_down();
+        auto offsets = begun();
+        CHECK(offsets.size() == round);
+        std::sort(offsets.begin(), offsets.end());
+        for (size_t i = 0; i < offsets.size(); i++) CHECK(offsets[i] == i * kChunk);
+        let_through(1);
+    }
+    open_up();
+    for (size_t i = 0; i < 3; i++) {
+        CHECK(wait_for(records[i]) == ReadState::kWhole);
+        CHECK(bench.holds(i, i * kSlot, kSlot));
+    }
+    CHECK(bench.reader.submit(std::vector<moert::Wanted>{}, ReadClass::kDemand).empty());
+}
+
+// Threads that sleep are woken for whatever else can be begun, too.
+void sleeping_threads_are_woken_whatever_changes() {
+    Bench bench({3, 1});
+    for (size_t i = 0; i < 3; i++) bench.submit(i * kSlot, kSlot, i);
+    await("the threads", [&] { return bench.reader.records() == 3; });
+    settle_down();
+    shut();
+    std::vector<SharedRecord> guesses;
+    for (size_t i = 0; i < 3; i++) guesses.push_back(bench.block(i, ReadClass::kPrefetch));
+    await_begun(1);
+    settle_down();
+    CHECK(begun().size() == 1);
+    CHECK(bench.reader.promote(guesses[1]));
+    await_begun(2);
+    bench.reader.set_lanes(bench.file.identity.device, {3, 3});
+    await_begun(3);
+    open_up();
+    for (const SharedRecord& guess : guesses) CHECK(wait_for(guess) == ReadState::kWhole);
+}
+
 void only_what_has_not_begun_is_cancelled() {
     Bench bench({1, 1});
     shut();
@@ -308,7 +358,7 @@ void what_is_given_up_is_read_no_further() {
     CHECK(one->outcome.state() == ReadState::kUnderWay);
     let_through(1);
     CHECK(wait_for(one) == ReadState::kCancelled);
-    CHECK(one->nbytes_begun() == one->shares[0].chunks[0].nbytes && one->nbytes_begun() < kSlot);
+    CHECK(one->nbytes_begun() == one->shares[0].chunks->front().nbytes && one->nbytes_begun() < kSlot);
     CHECK(!bench.reader.promote(one));
     open_up();
     CHECK(wait_for(last) == ReadState::kWhole);
@@ -429,6 +479,9 @@ void closing_ends_what_has_begun_and_nothing_else() {
     std::thread closer([&] { bench.reader.close(); });
     CHECK(wait_for(queued) == ReadState::kClosed && wait_for(guess) == ReadState::kClosed);
     CHECK(throws<ReaderError>([&] { bench.block(3); }));
+    std::vector<moert::Wanted> wanted(2);
+    for (size_t i = 0; i < 2; i++) wanted[i].parts = {bench.file.part(0, kSlot, bench.memory.slots[i + 3])};
+    CHECK(throws<ReaderError>([&] { bench.reader.submit(std::move(wanted), ReadClass::kDemand); }));
     CHECK(running->outcome.state() == ReadState::kUnderWay);
     open_up();
     closer.join();
@@ -698,6 +751,8 @@ int main(int argc, char** argv) {
     classes_in_order_and_each_in_its_own();
     lanes_share_a_record_and_then_the_next();
     guesses_leave_lanes_free();
+    many_at_once_are_read_in_order_by_all_lanes();
+    sleeping_threads_are_woken_whatever_changes();
     only_what_has_not_begun_is_cancelled();
     what_is_given_up_is_read_no_further();
     the_promoted_go_behind_the_demands();
