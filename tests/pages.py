@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import mmap
 import re
@@ -28,10 +29,11 @@ def present_bytes(address: int, nbytes: int) -> int:
 def resident_bytes() -> int:
     """Resident bytes of this process, to be compared with those of another moment.
 
-    What earlier tests left to the garbage collector goes first, lest it go between the two. Not VmRSS: some kernels add
-    it up lazily, and are off by MiBs where there are many CPUs.
+    What earlier tests left to the garbage collector goes first, and what the allocator keeps of theirs, lest it go
+    between the two. Not VmRSS: some kernels add it up lazily, and are off by MiBs where there are many CPUs.
     """
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     return _whole_process("Rss")
 
 

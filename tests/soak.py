@@ -235,6 +235,8 @@ class Round:
         kind = self._choose.choice(["once", "once", "short", "again", "slow", "fast", "for good"])
         self._counts[kind] += 1
         if kind == "once":
+            if not self._is_failing:
+                self._drain()  # else it may hit a read that is just about to be tried again
             self._disk.add(Fault(errno.EIO, times=1))
         elif kind == "short":
             self._disk.add(Fault(keep_bytes=4096 * self._choose.randint(1, 3), times=3))
