@@ -22,6 +22,7 @@ from moert.errors import CorruptFileError
 from moert.formats import TensorSpec
 from moert.hf.model import runtime_of
 from moert.runtime import layer as layers
+from moert.runtime import moves
 from moert.runtime.layer import SlotLayer
 from moert.runtime.moves import moves_of
 from moert.runtime.records import Convert, Piece, Record, Source, Span, make_record
@@ -200,6 +201,22 @@ def test_inference_mode_makes_no_difference(convert: Convert, file: ShardFile, s
     with torch.inference_mode():
         assert moves_of(record) is not None
         assert_same(*read(record, file, slots), torch.bfloat16)
+
+
+def test_an_interrupt_while_a_conversion_is_watched_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = record_of((64, 2), [(2, 64)], [9], (torch.bfloat16, torch.bfloat16), lambda t: t[0].T)
+
+    def interrupted(watch: moves._Watch, *args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moves._Watch, "__exit__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            moves_of(record)
+    assert not torch._C._len_torch_dispatch_stack()
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.cat([torch.zeros(1), torch.ones(1)]), torch.tensor([0.0, 1.0]))
+    assert moves_of(record) is not None
 
 
 def test_a_tensor_of_no_numbers_takes_no_moves() -> None:

@@ -7,9 +7,10 @@ left out. What is more than that is left to the function itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import _thread
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +24,8 @@ _BYTE = 3
 
 _MOST_MOVES = 64
 """Of one record: many small ones are better done by torch."""
+
+T = TypeVar("T")
 
 _Move = tuple[int, int, int, int, int, int, int, int, int]
 
@@ -101,19 +104,42 @@ def moves_of(record: Record) -> object | None:
             for strip in _strips(spec, source)
             for move in _moves(record, spec, offset, strip)
         )
-        moves = list(islice(found, _MOST_MOVES + 1))
+        moves = _apart(lambda: list(islice(found, _MOST_MOVES + 1)))
     # Whatever a conversion may raise for tensors that are not what it expects.
     except Exception:
         return None
     return _C.moves(moves) if len(moves) <= _MOST_MOVES else None
 
 
+def _apart(work: Callable[[], T]) -> T:
+    """What `work` returns or raises, on a thread of its own: an interrupt on the way out of one of torch's modes would
+    leave it on, for everything that the caller's thread does from then on."""
+    over = _thread.allocate_lock()
+    over.acquire()
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+        over.release()
+
+    # Not `threading.Thread`, whose start waits in a way that an interrupt can break.
+    _thread.start_new_thread(run, ())
+    with over:
+        pass
+    for error in errors:
+        raise error
+    return results[0]
+
+
 def _strips(spec: TensorSpec, source: Source) -> list[_Strip]:
     pieces = {}
     tensors = []
     watch = _Watch()
-    # In inference mode `contiguous` and others are watched as they are, and not as the clones that they make.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         for piece in source.pieces:
             tensor = torch.empty(piece.shape, dtype=piece.dtype, device="meta")
             pieces[_storage(tensor)] = piece
