@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
-import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from families import LAYOUT_FAMILIES, Zoo, save, transpose_fused_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_support import await_native, unreadable
 from pack_support import make_pack
 
 import moert
@@ -228,26 +227,6 @@ def test_whatever_lies_side_by_side_moves_as_bytes(file: ShardFile, slots: SlotB
     record = record_of((4, 64), [(2, 64), (2, 64)], [9, 5000], (torch.uint8, torch.uint8), None)
     found, right = read(record, file, slots)
     assert torch.equal(found, right)
-
-
-@contextlib.contextmanager
-def unreadable(file: ShardFile) -> Iterator[None]:
-    """Its descriptor cannot be read from meanwhile."""
-    good, bad = os.dup(file._fd), os.open(file.path.with_suffix(".bad"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(bad, file._fd, inheritable=False)
-    try:
-        yield
-    finally:
-        os.dup2(good, file._fd, inheritable=False)
-        os.close(good)
-        os.close(bad)
-
-
-def await_native(handle: object) -> None:
-    """Until the extension is done with it."""
-    assert isinstance(handle, NativeHandle)
-    while _C.record_state(handle._record) == 0:
-        pass
 
 
 class TestWhoConverts:

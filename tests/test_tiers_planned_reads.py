@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import threading
 import time
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_support import await_native, unreadable
 
 from moert import _C
 from moert.errors import MoertError
@@ -86,25 +85,6 @@ def holds(content: bytes, plan: ReadPlan, memory: memoryview, starts: Sequence[i
         memory[window.position + start :][: window.nbytes] == content[window.offset : window.offset + window.nbytes]
         for window, start in zip(plan.windows, starts, strict=True)
     )
-
-
-@contextlib.contextmanager
-def unreadable(file: ShardFile) -> Iterator[None]:
-    good, bad = os.dup(file._fd), os.open(file.path.with_suffix(".bad"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(bad, file._fd, inheritable=False)
-    try:
-        yield
-    finally:
-        os.dup2(good, file._fd, inheritable=False)
-        os.close(good)
-        os.close(bad)
-
-
-def await_native(handle: ReadHandle) -> None:
-    """Until the extension is done with it."""
-    assert isinstance(handle, NativeHandle)
-    while _C.record_state(handle._record) == 0:
-        pass
 
 
 ranges = st.integers(1, 3 * MIB // 2).flatmap(lambda n: st.tuples(st.integers(0, SIZE - n), st.just(n)))
