@@ -250,7 +250,7 @@ class VirtualLayer(LayerCache):
     def step(self, missing: Sequence[ExpertId], run: Callable[[], object]) -> None:
         """Call `run`, which runs a step of this layer that needs these experts, which are not resident."""
         costs, misses = self.costs, len(missing)
-        self._read_s = costs.read_many_s if costs.is_many(misses) else costs.read_s
+        self._read_s = costs.each_read_s(misses)
         asked = sum(expert not in self.residency.arriving for expert in missing)
         self._machine.work(costs.lead_s(misses, asked), costs.cpu_slowdown, costs.read_slowdown)
         self._kernels.begin()

@@ -105,6 +105,10 @@ class Costs:
         """Whether an event with so many reads takes `read_many_s` for each."""
         return self.read_few is not None and misses > self.read_few
 
+    def each_read_s(self, misses: int) -> float:
+        """What each read takes of an event with so many."""
+        return self.read_many_s if self.is_many(misses) else self.read_s
+
     def lead_s(self, misses: int, asked: int | None = None) -> float:
         """Before an event with so many misses reads anything; `asked`: of them, those not asked for before."""
         if not misses or self.is_many(misses):

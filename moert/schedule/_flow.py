@@ -54,7 +54,7 @@ def _disk_and_cpu(schedule: Schedule, costs: Costs, room: int) -> Timing:
     """Both work at once, each at the pace that the other leaves it, until there is nothing left to do."""
     arrived: set[ExpertId] = set()
     from_disk = {item.expert for item in schedule.read}
-    read_s = costs.read_many_s if costs.is_many(len(from_disk)) else costs.read_s
+    read_s = costs.each_read_s(len(from_disk))
     now = costs.lead_s(len(from_disk))
     disk_s = 0.0
     reads, runs = iter(schedule.read), iter(schedule.cpu)

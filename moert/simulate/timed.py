@@ -256,8 +256,7 @@ class _Replay:
             device_s = max(run.on_device * run.run_s, delay + costs.move_s + waiting + run.run_s)
         end = begin + max(device_s, run.cpu_s)
         if fetched:
-            read_s = costs.read_many_s if costs.is_many(len(fetched)) else costs.read_s
-            step_s = costs.move_s if self._has_device else read_s
+            step_s = costs.move_s if self._has_device else costs.each_read_s(len(fetched))
             self._link_free_s = begin + delay + len(fetched) * step_s
             self.link_s += len(fetched) * step_s
         self.counted += 1
