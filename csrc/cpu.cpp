@@ -1,6 +1,7 @@
 #include "cpu.h"
 
 #include <cstdint>
+#include <cstring>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -35,6 +36,23 @@ uint64_t saved_state_mask() {
 
 #endif
 
+bool is_amd() {
+#ifdef MOERT_X86
+    const Registers r = cpuid(0, 0);
+    const unsigned letters[3] = {r.ebx, r.edx, r.ecx};
+    char maker[12];
+    std::memcpy(maker, letters, sizeof maker);
+    return std::memcmp(maker, "AuthenticAMD", 12) == 0 || std::memcmp(maker, "HygonGenuine", 12) == 0;
+#else
+    return false;
+#endif
+}
+
+bool& one_stream() {
+    static bool value = is_amd();
+    return value;
+}
+
 }  // namespace
 
 std::vector<CpuFeature> cpu_features() {
@@ -66,6 +84,14 @@ std::vector<CpuFeature> cpu_features() {
         {"amx_bf16", tiles && bit(extended.edx, 22)},  {"amx_tile", tiles && bit(extended.edx, 24)},
         {"amx_int8", tiles && bit(extended.edx, 25)},  {"neon", neon},
     };
+}
+
+bool reads_one_stream() {
+    return one_stream();
+}
+
+void use_one_stream(const bool* value) {
+    one_stream() = value == nullptr ? is_amd() : *value;
 }
 
 }  // namespace moert

@@ -1,5 +1,6 @@
 // bf16 weights with the dot products of AVX-512 BF16, for activations in bf16: packing rounds x to it. Those
 // instructions read and write subnormal numbers as zero.
+#include "cpu.h"
 #include "kernel.h"
 #include "target.h"
 
@@ -11,26 +12,28 @@ MOERT_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"
 namespace moert {
 namespace {
 
-constexpr int kMostTokens = 8;
+constexpr int kMostTokens = 4;
+constexpr int kRowBlock = 4;  // rows of the weight that share each load of x, unless they are read as one stream
 constexpr int64_t kLanes = 32;
-constexpr int64_t kTileRows = 48;  // that stay in the second cache while all tokens pass by
 constexpr int64_t kPrefetchBytes = 1024;
-
-// Rows of the weight that share each load of x: all sums of a block must fit in the registers.
-constexpr int row_block(int tokens) {
-    return tokens <= 6 ? 4 : 3;
-}
+constexpr int64_t kStreamPrefetchBytes = 2048;
 
 int64_t padded(int64_t k) {
     return (k + kLanes - 1) / kLanes * kLanes;
 }
 
+// Of a token's packed row: an odd number of cache lines, so that the rows of several do not fall into one set of the
+// first cache.
+int64_t x_row_bytes(int64_t k) {
+    return (padded(k) / kLanes | 1) * kLanes * 2;
+}
+
 int64_t block_bytes(int64_t k) {
-    return padded(k) * kTokenBlock * 2;
+    return x_row_bytes(k) * kTokenBlock;
 }
 
 void pack(const float* x, int tokens, int64_t k, uint8_t* block) {
-    for (int token = 0; token < tokens; ++token, x += k, block += padded(k) * 2) {
+    for (int token = 0; token < tokens; ++token, x += k, block += x_row_bytes(k)) {
         for (int64_t i = 0; i < padded(k); i += 16) {
             const int64_t left = k - i;
             const __mmask16 there = left >= 16 ? 0xffff : static_cast<__mmask16>(left > 0 ? (1u << left) - 1 : 0);
@@ -40,7 +43,7 @@ void pack(const float* x, int tokens, int64_t k, uint8_t* block) {
     }
 }
 
-template <int kRows, int kTokens>
+template <int kRows, int kTokens, bool kOneStream>
 inline void rows_block(const uint8_t* weight, int64_t row_bytes, const uint8_t* x, int64_t x_bytes, int64_t k, float* y,
                        int64_t y_stride, bool more_rows) {
     __m512 sums[kRows][kTokens];
@@ -57,7 +60,10 @@ inline void rows_block(const uint8_t* weight, int64_t row_bytes, const uint8_t* 
         // Without these GCC keeps the sums in memory.
         _Pragma("GCC unroll 8") for (int row = 0; row < kRows; ++row) {
             const uint8_t* numbers = weight + row * row_bytes + i * 2;
-            _mm_prefetch(reinterpret_cast<const char*>(numbers + ahead), _MM_HINT_T0);
+            if (!kOneStream)
+                _mm_prefetch(reinterpret_cast<const char*>(numbers + ahead), _MM_HINT_T0);
+            else if (kTokens > 2)  // the processor's own prefetching lags where each line takes that long
+                _mm_prefetch(reinterpret_cast<const char*>(numbers + kStreamPrefetchBytes), _MM_HINT_T1);
             w[row] = reinterpret_cast<__m512bh>(left >= kLanes ? _mm512_loadu_si512(numbers)
                                                                : _mm512_maskz_loadu_epi16(there, numbers));
         }
@@ -72,55 +78,28 @@ inline void rows_block(const uint8_t* weight, int64_t row_bytes, const uint8_t* 
             y[token * y_stride + row] = _mm512_reduce_add_ps(sums[row][token]);
 }
 
-// Rows [begin, end); those up to `limit` will be wanted next.
 template <int kTokens>
-inline void some_tokens(const Matrix& w, int64_t begin, int64_t end, int64_t limit, const uint8_t* x, float* y,
-                        int64_t y_stride) {
-    constexpr int kRows = row_block(kTokens);
-    const int64_t row_bytes = w.k * 2, x_bytes = padded(w.k) * 2;
-    int64_t row = begin;
-    for (; row + kRows <= end; row += kRows)
-        rows_block<kRows, kTokens>(w.data + row * row_bytes, row_bytes, x, x_bytes, w.k, y + row - begin, y_stride,
-                                   row + 2 * kRows <= limit);
-    for (; row < end; ++row)
-        rows_block<1, kTokens>(w.data + row * row_bytes, row_bytes, x, x_bytes, w.k, y + row - begin, y_stride, false);
+inline void some_tokens(const Matrix& w, int64_t begin, int64_t end, const uint8_t* x, float* y, int64_t y_stride) {
+    const int64_t row_bytes = w.k * 2, x_bytes = x_row_bytes(w.k);
+    const uint8_t* weight = w.data + begin * row_bytes;
+    const int64_t blocks = reads_one_stream() ? 0 : (end - begin) / kRowBlock;
+    for (int64_t block = 0; block < blocks; ++block, weight += kRowBlock * row_bytes, y += kRowBlock)
+        rows_block<kRowBlock, kTokens, false>(weight, row_bytes, x, x_bytes, w.k, y, y_stride, block + 1 < blocks);
+    for (int64_t row = begin + blocks * kRowBlock; row < end; ++row, weight += row_bytes, ++y)
+        rows_block<1, kTokens, true>(weight, row_bytes, x, x_bytes, w.k, y, y_stride, false);
 }
 
 void rows(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packed, int64_t tokens, float* y,
           int64_t y_stride) {
-    for (int64_t row = begin; row < end; row += kTileRows) {
-        const int64_t row_end = row + kTileRows < end ? row + kTileRows : end;
-        int64_t passes = (tokens + kMostTokens - 1) / kMostTokens;
-        for (int64_t token = 0, count; token < tokens; token += count, --passes) {
-            count = (tokens - token + passes - 1) / passes;
-            const uint8_t* x = packed + token * padded(w.k) * 2;
-            float* to = y + token * y_stride + row - begin;
-            switch (count) {
-                case 1:
-                    some_tokens<1>(w, row, row_end, end, x, to, y_stride);
-                    break;
-                case 2:
-                    some_tokens<2>(w, row, row_end, end, x, to, y_stride);
-                    break;
-                case 3:
-                    some_tokens<3>(w, row, row_end, end, x, to, y_stride);
-                    break;
-                case 4:
-                    some_tokens<4>(w, row, row_end, end, x, to, y_stride);
-                    break;
-                case 5:
-                    some_tokens<5>(w, row, row_end, end, x, to, y_stride);
-                    break;
-                case 6:
-                    some_tokens<6>(w, row, row_end, end, x, to, y_stride);
-                    break;
-                case 7:
-                    some_tokens<7>(w, row, row_end, end, x, to, y_stride);
-                    break;
-                default:
-                    some_tokens<kMostTokens>(w, row, row_end, end, x, to, y_stride);
-            }
-        }
+    switch (tokens) {
+        case 1:
+            return some_tokens<1>(w, begin, end, packed, y, y_stride);
+        case 2:
+            return some_tokens<2>(w, begin, end, packed, y, y_stride);
+        case 3:
+            return some_tokens<3>(w, begin, end, packed, y, y_stride);
+        default:
+            return some_tokens<kMostTokens>(w, begin, end, packed, y, y_stride);
     }
 }
 
@@ -128,8 +107,9 @@ const Kernel kKernel = {"avx512_bf16 bf16", block_bytes, pack, rows};
 
 }  // namespace
 
-const Kernel* float_avx512_bf16(const Matrix& w, int64_t) {
-    return w.format == Format::kBf16 && !w.transposed ? &kKernel : nullptr;
+const Kernel* float_avx512_bf16(const Matrix& w, int64_t tokens) {
+    if (w.format != Format::kBf16 || w.transposed) return nullptr;
+    return tokens <= kMostTokens ? &kKernel : float_avx512_bf16_many(w, tokens);
 }
 
 }  // namespace moert

@@ -39,6 +39,7 @@ const Kernel* float_avx512(const Matrix& w, int64_t tokens);
 const Kernel* quantized_avx512(const Matrix& w, int64_t tokens);
 const Kernel* quantized_avx512_vnni(const Matrix& w, int64_t tokens);
 const Kernel* float_avx512_bf16(const Matrix& w, int64_t tokens);
+const Kernel* float_avx512_bf16_many(const Matrix& w, int64_t tokens);
 const Kernel* amx(const Matrix& w, int64_t tokens);
 #endif
 #if defined(__aarch64__)

@@ -1,4 +1,5 @@
 // The Python face of matrices, products and instruction sets.
+#include "cpu.h"
 #include "foresight.h"
 #include "py_arguments.h"
 
@@ -157,6 +158,16 @@ PyObject* py_isa(PyObject*, PyObject*) {
     return PyUnicode_FromString(isa());
 }
 
+PyObject* py_use_one_stream(PyObject*, PyObject* value) {
+    const bool one = value == Py_True;
+    if (!one && value != Py_False && value != Py_None) {
+        PyErr_SetString(PyExc_TypeError, "use_one_stream takes True, False or None");
+        return nullptr;
+    }
+    use_one_stream(value == Py_None ? nullptr : &one);
+    return PyBool_FromLong(reads_one_stream());
+}
+
 PyObject* py_isa_names(PyObject*, PyObject* args) {
     int usable_only;
     if (!PyArg_ParseTuple(args, "p:isa_names", &usable_only)) return nullptr;
@@ -184,6 +195,10 @@ PyMethodDef matrix_methods[] = {
      "use_isa(name) -> str\n\nHas every product use this instruction set from now on, or with None the best there is; "
      "returns its name. Not while one runs. ValueError where this machine lacks it."},
     {"isa", py_isa, METH_NOARGS, "isa() -> str\n\nThe instruction set in use."},
+    {"use_one_stream", py_use_one_stream, METH_O,
+     "use_one_stream(value) -> bool\n\nHas weights be read row by row from now on, or several rows at once, or with "
+     "None "
+     "as this processor does best; returns which. For tests: it changes no number. Not while anything computes."},
     {"isa_names", py_isa_names, METH_VARARGS,
      "isa_names(usable_only) -> str\n\nThe instruction sets that this build has kernels for, best first."},
     {nullptr, nullptr, 0, nullptr},

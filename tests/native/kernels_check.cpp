@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "cases.h"
+#include "cpu.h"
 #include "guarded.h"
 #include "isa.h"
 #include "kernel.h"
@@ -235,6 +236,13 @@ void check(const Case& which, int tokens, const Kernel& kernel, const Placed& be
     std::string wrong;
     const std::vector<float> y = before_guard.product(kernel, which.x.data(), tokens, 0, &wrong);
     compare(which, tokens, kernel, expected, y, report);
+
+    const bool other_way = !moert::reads_one_stream();
+    moert::use_one_stream(&other_way);
+    const std::vector<float> read_otherwise = before_guard.product(kernel, which.x.data(), tokens, 0, &wrong);
+    moert::use_one_stream(nullptr);
+    if (!std::equal(y.begin(), y.end(), read_otherwise.begin(), same))
+        wrong = "other bits with the rows read otherwise";
 
     const int64_t cut = weight.n * (tokens % 5 + 1) / 7;
     const std::vector<float> elsewhere = odd.product(kernel, which.x.data(), tokens, cut, &wrong);
