@@ -14,15 +14,7 @@ from disk_support import PATIENCE_S, SIZE, SLOT_BYTES, Disk, Gate, os_error, sub
 
 from moert.errors import MoertError, TransferError
 from moert.tiers.arena import SlotBank
-from moert.tiers.disk import (
-    BLOCK_BYTES,
-    DiskReader,
-    FileCalls,
-    Priority,
-    Read,
-    ShardFile,
-    measure_read_bandwidth,
-)
+from moert.tiers.disk import BLOCK_BYTES, DiskReader, FileCalls, Priority, Read, ShardFile, measure_read_bandwidth
 
 arena, slots, gate = disk_support.arena, disk_support.slots, disk_support.gate
 content, path = disk_support.content, disk_support.path
