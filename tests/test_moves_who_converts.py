@@ -18,11 +18,10 @@ import moert
 from moert import _C
 from moert.errors import CorruptFileError
 from moert.hf.model import runtime_of
-from moert.runtime import layer as layers
-from moert.runtime import moves
-from moert.runtime.layer import SlotLayer
+from moert.runtime import moves, slot_layer
 from moert.runtime.moves import moves_of
 from moert.runtime.records import Convert, Record
+from moert.runtime.slot_layer import SlotLayer
 from moert.tiers.arena import SlotBank
 from moert.tiers.disk import DiskReader, Moving, PlannedRead, Priority, Read, ReadHandle, ShardFile
 from moert.tiers.native_reads import NativeHandle
@@ -151,7 +150,7 @@ class TestModels:
             transpose_fused_experts(tmp_path)
         for dtype in (torch.float32, torch.bfloat16):
             with monkeypatch.context() as patch:
-                patch.setattr(layers, "moves_of", lambda record: None)
+                patch.setattr(slot_layer, "moves_of", lambda record: None)
                 right, by_torch = self.experts(tmp_path, dtype)
             found, moved = self.experts(tmp_path, dtype)
             assert by_torch in ({False}, set())
@@ -192,7 +191,7 @@ def test_a_conversion_is_looked_at_once(tiny_olmoe: Path, monkeypatch: pytest.Mo
         asked.append(record)
         return moves_of(record)
 
-    monkeypatch.setattr(layers, "moves_of", noting)
+    monkeypatch.setattr(slot_layer, "moves_of", noting)
     with moert.load(tiny_olmoe, dtype=torch.bfloat16, host_memory="40%", preload=False) as model:
         runtime = runtime_of(model)
         for expert in (0, 1, 2, 3, 4, 5, 6, 7, 0, 1):
