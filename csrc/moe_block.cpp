@@ -15,7 +15,6 @@
 namespace moert {
 namespace {
 
-constexpr int64_t kAlignment = 64;
 constexpr int64_t kWidenedRows = 8;  // of a weight of 16 bits, for a product in fp32: they stay in the caches
 
 Number number_of(const Matrix& w) {
@@ -32,7 +31,7 @@ Matrix in_fp32(Matrix w) {
 class RoutedWork final : public Work {
   public:
     RoutedWork(const MoeBlock& block, BlockToken* token)
-        : of_(block), token_(token), layout_(block), scratch_(static_cast<size_t>(layout_.nbytes)) {
+        : of_(block), token_(token), layout_(block), scratch_(static_cast<size_t>(layout_.nbytes())) {
         const SharedExpert& shared = of_.shared;
         // The shared expert's first, as there is more to do with them.
         in_ = {&shared.gate, &shared.up, &shared.share, &of_.router};
@@ -87,7 +86,7 @@ class RoutedWork final : public Work {
 
   private:
     // Where each result is in the scratch memory.
-    struct Layout {
+    struct Layout : ScratchLayout {
         explicit Layout(const MoeBlock& of) {
             const SharedExpert& shared = of.shared;
             const int64_t size = bytes_of(of.number);
@@ -103,14 +102,6 @@ class RoutedWork final : public Work {
         }
 
         int64_t x = 0, fine_x = 0, gate = 0, up = 0, h = 0, packed_h = 0, share = 0;
-        int64_t nbytes = 0;
-
-      private:
-        int64_t take(int64_t bytes) {
-            const int64_t begin = nbytes;
-            nbytes += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-            return begin;
-        }
     };
 
     uint8_t* at(int64_t offset) const { return scratch_.data() + offset; }

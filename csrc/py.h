@@ -27,7 +27,23 @@ bool as_range(PyObject* address_object, PyObject* nbytes_object, uint8_t** addre
 // An address that is a multiple of `alignment`; 0 (None) where `optional`.
 bool as_address(PyObject* object, const char* name, uint64_t alignment, bool optional, const uint8_t** address);
 
-// Runs `body`, which must not touch Python, without the GIL; a C++ exception becomes a Python one.
+// Runs `body`; a C++ exception becomes a Python one.
+template <class Body>
+bool with_errors(const Body& body) {
+    try {
+        body();
+        return true;
+    } catch (const std::bad_alloc&) {
+        PyErr_NoMemory();
+    } catch (const std::invalid_argument& error) {
+        PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return false;
+}
+
+// The same without the GIL, for a `body` that does not touch Python.
 template <class Body>
 bool without_gil(const Body& body) {
     std::exception_ptr failure;
@@ -38,17 +54,7 @@ bool without_gil(const Body& body) {
         failure = std::current_exception();
     }
     Py_END_ALLOW_THREADS;
-    if (!failure) return true;
-    try {
-        std::rethrow_exception(failure);
-    } catch (const std::bad_alloc&) {
-        PyErr_NoMemory();
-    } catch (const std::invalid_argument& error) {
-        PyErr_SetString(PyExc_ValueError, error.what());
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_RuntimeError, error.what());
-    }
-    return false;
+    return !failure || with_errors([&] { std::rethrow_exception(failure); });
 }
 
 constexpr const char* kMatrixName = "moert.matrix";
@@ -97,5 +103,7 @@ extern PyMethodDef token_layer_methods[];
 extern PyMethodDef identity_methods[];
 extern PyMethodDef pool_methods[];
 extern PyMethodDef reader_methods[];
+extern PyMethodDef read_plan_methods[];
+extern PyMethodDef moves_methods[];
 
 }  // namespace moert

@@ -1,39 +1,21 @@
-// The Python face of reader.h.
+// The Python face of reader.h; py_read_plan.cpp has what submits many reads at once.
 #include <algorithm>
 #include <chrono>
 #include <memory>
 #include <utility>
 #include <vector>
 
-#include "moves.h"
-#include "py.h"
-#include "reader.h"
+#include "py_reader.h"
 
 namespace moert {
 namespace {
 
-constexpr const char* kReaderName = "moert.reader";
-constexpr const char* kRecordName = "moert.record";
 constexpr const char* kClockName = "moert.busy_clock";
-constexpr const char* kMovesName = "moert.moves";
-constexpr const char* kPlanName = "moert.read_plan";
 
 // How long a thread that waits may be deaf to signals that another one has received.
 constexpr std::chrono::nanoseconds kPoll{100'000'000};
 
-using SharedRecord = std::shared_ptr<Record>;
 using SharedClock = std::shared_ptr<BusyClock>;
-using SharedMoves = std::shared_ptr<const Moves>;
-
-// A record that is read into one buffer after the other. The destinations of its parts count from the buffer's
-// beginning.
-struct Plan {
-    std::vector<Part> parts;
-    std::vector<Share> shares;
-    uint64_t nbytes = 0;
-    size_t buffer_bytes = 0;
-    SharedMoves moves;
-};
 
 void destroy_reader(PyObject* capsule) {
     auto* reader = static_cast<Reader*>(PyCapsule_GetPointer(capsule, kReaderName));
@@ -84,27 +66,6 @@ PyObject* py_reader_open(PyObject*, PyObject* args) {
     return capsule;
 }
 
-// Without the destination, which is still an object.
-bool parse_source(PyObject* object, Part* part, PyObject** destination) {
-    unsigned long long device, inode, offset, window_bytes, needed_bytes;
-    long long size, mtime_ns;
-    if (!PyArg_ParseTuple(object, "iKKLLKKKO", &part->fd, &device, &inode, &size, &mtime_ns, &offset, &window_bytes,
-                          &needed_bytes, destination)) {
-        return false;
-    }
-    if (offset % kBlockBytes != 0 || window_bytes % kBlockBytes != 0 || offset > INT64_MAX - window_bytes ||
-        needed_bytes > window_bytes || needed_bytes + kBlockBytes <= window_bytes) {
-        PyErr_Format(PyExc_ValueError, "a window of %llu bytes at %llu, of which %llu are needed, cannot be read",
-                     window_bytes, offset, needed_bytes);
-        return false;
-    }
-    part->identity = {device, inode, size, mtime_ns};
-    part->offset = offset;
-    part->window_bytes = window_bytes;
-    part->needed_bytes = needed_bytes;
-    return true;
-}
-
 bool parse_part(PyObject* object, Part* part) {
     PyObject* address_object;
     const uint8_t* address;
@@ -117,54 +78,6 @@ bool parse_part(PyObject* object, Part* part) {
         return false;
     }
     part->destination = const_cast<uint8_t*>(address);
-    return true;
-}
-
-bool parse_move(PyObject* object, Moves* moves) {
-    constexpr unsigned long long kMost = uint64_t{1} << 48;
-    int from, to;
-    unsigned long long rows, columns, source, source_row, source_column, destination, destination_row;
-    if (!PyArg_ParseTuple(object, "iiKKKKKKK", &from, &to, &rows, &columns, &source, &source_row, &source_column,
-                          &destination, &destination_row)) {
-        return false;
-    }
-    const bool counts = rows <= kMost && columns <= kMost && source <= kMost && source_row <= kMost &&
-                        source_column <= kMost && destination <= kMost && destination_row <= kMost;
-    if (from < 0 || from >= kItems || to < 0 || to >= kItems || !counts ||
-        !moves->add({static_cast<Item>(from), static_cast<Item>(to), rows, columns, source, source_row, source_column,
-                     destination, destination_row})) {
-        PyErr_Format(PyExc_ValueError, "%llu x %llu items cannot be moved from %llu to %llu", rows, columns, source,
-                     destination);
-        return false;
-    }
-    return true;
-}
-
-PyObject* py_moves(PyObject*, PyObject* list) {
-    if (!PyList_Check(list)) {
-        PyErr_SetString(PyExc_TypeError, "moves are a list of tuples");
-        return nullptr;
-    }
-    auto moves = std::make_shared<Moves>();
-    for (Py_ssize_t i = 0; i < PyList_Size(list); i++) {
-        if (!parse_move(PyList_GetItem(list, i), moves.get())) return nullptr;
-    }
-    return enclose(std::make_unique<SharedMoves>(std::move(moves)), kMovesName);
-}
-
-bool make_after(const SharedMoves& moves, const uint8_t* source, size_t source_bytes, PyObject* destination_object,
-                PyObject* destination_bytes_object, AfterRead* after) {
-    uint8_t* destination;
-    size_t destination_bytes;
-    if (!as_range(destination_object, destination_bytes_object, &destination, &destination_bytes)) return false;
-    const bool is_aligned = reinterpret_cast<uintptr_t>(destination) % kBlockBytes == 0;
-    if (!is_aligned || source_bytes < moves->source_bytes || destination_bytes < moves->destination_bytes) {
-        PyErr_Format(PyExc_ValueError,
-                     "moves of %zu bytes into %zu need so much memory, and the latter in whole blocks",
-                     moves->source_bytes, moves->destination_bytes);
-        return false;
-    }
-    *after = [moves, source, destination] { moves->run(source, destination); };
     return true;
 }
 
@@ -203,116 +116,6 @@ PyObject* py_reader_submit(PyObject*, PyObject* args) {
     const bool done = without_gil(
         [&] { *record = reader->submit(std::move(parts), nbytes, static_cast<ReadClass>(kind), std::move(after)); });
     return done ? enclose(std::move(record), kRecordName) : nullptr;
-}
-
-PyObject* py_read_plan(PyObject*, PyObject* args) {
-    PyObject *nbytes_object, *parts_object, *moves_object = Py_None;
-    if (!PyArg_ParseTuple(args, "OO!|O:read_plan", &nbytes_object, &PyList_Type, &parts_object, &moves_object)) {
-        return nullptr;
-    }
-    auto plan = std::make_unique<Plan>();
-    if (!as_unsigned(nbytes_object, "nbytes", INT64_MAX, &plan->nbytes)) return nullptr;
-    if (moves_object != Py_None) {
-        const auto* moves = disclose<SharedMoves>(moves_object, kMovesName);
-        if (moves == nullptr) return nullptr;
-        plan->moves = *moves;
-    }
-    plan->parts.resize(static_cast<size_t>(PyList_Size(parts_object)));
-    for (size_t i = 0; i < plan->parts.size(); i++) {
-        Part& part = plan->parts[i];
-        PyObject* place_object;
-        uint64_t place;
-        if (!parse_source(PyList_GetItem(parts_object, static_cast<Py_ssize_t>(i)), &part, &place_object) ||
-            !as_unsigned(place_object, "place", INT64_MAX - part.window_bytes, &place)) {
-            return nullptr;
-        }
-        if (place % kBlockBytes != 0) {
-            PyErr_Format(PyExc_ValueError, "place is %llu, not a multiple of %zu",
-                         static_cast<unsigned long long>(place), kBlockBytes);
-            return nullptr;
-        }
-        part.destination = reinterpret_cast<uint8_t*>(place);
-        plan->buffer_bytes = std::max<size_t>(plan->buffer_bytes, place + part.window_bytes);
-    }
-    plan->shares = share_out(plan->parts);
-    return enclose(std::move(plan), kPlanName);
-}
-
-bool parse_planned(PyObject* args, Wanted* wanted) {
-    PyObject *plan_object, *buffer_object, *buffer_bytes_object, *destination_object = nullptr,
-                                                                 *destination_bytes_object = nullptr;
-    if (!PyArg_ParseTuple(args, "OOO|OO", &plan_object, &buffer_object, &buffer_bytes_object, &destination_object,
-                          &destination_bytes_object)) {
-        return false;
-    }
-    const auto* plan = disclose<Plan>(plan_object, kPlanName);
-    uint8_t* buffer;
-    size_t buffer_bytes;
-    if (plan == nullptr || !as_range(buffer_object, buffer_bytes_object, &buffer, &buffer_bytes)) return false;
-    if (reinterpret_cast<uintptr_t>(buffer) % kBlockBytes != 0 || buffer_bytes < plan->buffer_bytes) {
-        PyErr_Format(PyExc_ValueError, "a record of %zu bytes is read into as many in whole blocks, not into %zu",
-                     plan->buffer_bytes, buffer_bytes);
-        return false;
-    }
-    if ((plan->moves != nullptr) != (destination_bytes_object != nullptr)) {
-        PyErr_SetString(PyExc_ValueError, "a record has a destination if and only if it is moved");
-        return false;
-    }
-    if (plan->moves != nullptr &&
-        !make_after(plan->moves, buffer, buffer_bytes, destination_object, destination_bytes_object, &wanted->after)) {
-        return false;
-    }
-    wanted->parts = plan->parts;
-    for (Part& part : wanted->parts) part.destination = buffer + reinterpret_cast<uintptr_t>(part.destination);
-    wanted->shares = plan->shares;
-    wanted->nbytes = plan->nbytes;
-    return true;
-}
-
-// Runs `body`; a C++ exception becomes a Python one.
-template <class Body>
-bool with_errors(const Body& body) {
-    try {
-        body();
-        return true;
-    } catch (const std::bad_alloc&) {
-        PyErr_NoMemory();
-    } catch (const std::exception& error) {
-        PyErr_SetString(PyExc_RuntimeError, error.what());
-    }
-    return false;
-}
-
-PyObject* py_reader_submit_plans(PyObject*, PyObject* args) {
-    PyObject *reader_object, *kind_object, *list;
-    if (!PyArg_ParseTuple(args, "OOO!:reader_submit_plans", &reader_object, &kind_object, &PyList_Type, &list)) {
-        return nullptr;
-    }
-    auto* reader = disclose<Reader>(reader_object, kReaderName);
-    uint64_t kind;
-    if (reader == nullptr || !as_unsigned(kind_object, "class", kReadClasses - 1, &kind)) return nullptr;
-    std::vector<Wanted> wanted(static_cast<size_t>(PyList_Size(list)));
-    for (size_t i = 0; i < wanted.size(); i++) {
-        if (!parse_planned(PyList_GetItem(list, static_cast<Py_ssize_t>(i)), &wanted[i])) return nullptr;
-    }
-    // Made before anything is queued: what is being read has somebody who knows of it.
-    std::vector<SharedRecord*> records;
-    PyObject* capsules = PyList_New(static_cast<Py_ssize_t>(wanted.size()));
-    for (size_t i = 0; capsules != nullptr && i < wanted.size(); i++) {
-        auto record = std::make_unique<SharedRecord>();
-        records.push_back(record.get());
-        PyObject* capsule = enclose(std::move(record), kRecordName);
-        if (capsule == nullptr || PyList_SetItem(capsules, static_cast<Py_ssize_t>(i), capsule) != 0) {
-            Py_CLEAR(capsules);
-        }
-    }
-    // With the GIL: it takes less than giving it back would, and no thread of the reader ever wants it.
-    const auto submit = [&] {
-        std::vector<SharedRecord> queued = reader->submit(std::move(wanted), static_cast<ReadClass>(kind));
-        for (size_t i = 0; i < queued.size(); i++) *records[i] = std::move(queued[i]);
-    };
-    if (capsules != nullptr && !with_errors(submit)) Py_CLEAR(capsules);
-    return capsules;
 }
 
 bool parse_reader_and_record(PyObject* args, Reader** reader, SharedRecord** record) {
@@ -446,6 +249,26 @@ PyObject* py_record_failure(PyObject*, PyObject* object) {
 
 }  // namespace
 
+bool parse_source(PyObject* object, Part* part, PyObject** destination) {
+    unsigned long long device, inode, offset, window_bytes, needed_bytes;
+    long long size, mtime_ns;
+    if (!PyArg_ParseTuple(object, "iKKLLKKKO", &part->fd, &device, &inode, &size, &mtime_ns, &offset, &window_bytes,
+                          &needed_bytes, destination)) {
+        return false;
+    }
+    if (offset % kBlockBytes != 0 || window_bytes % kBlockBytes != 0 || offset > INT64_MAX - window_bytes ||
+        needed_bytes > window_bytes || needed_bytes + kBlockBytes <= window_bytes) {
+        PyErr_Format(PyExc_ValueError, "a window of %llu bytes at %llu, of which %llu are needed, cannot be read",
+                     window_bytes, offset, needed_bytes);
+        return false;
+    }
+    part->identity = {device, inode, size, mtime_ns};
+    part->offset = offset;
+    part->window_bytes = window_bytes;
+    part->needed_bytes = needed_bytes;
+    return true;
+}
+
 PyMethodDef reader_methods[] = {
     {"busy_clock", py_busy_clock, METH_NOARGS,
      "busy_clock() -> capsule\n\nCounts the time during which there are more calls of busy_enter than of busy_leave."},
@@ -455,11 +278,6 @@ PyMethodDef reader_methods[] = {
     {"reader_open", py_reader_open, METH_VARARGS,
      "reader_open(lanes, guesses, clock) -> capsule\n\nThreads that read records: for each disk as many chunks at once "
      "as there are lanes, of which `guesses` may be no demands. The clock runs while anything is read."},
-    {"moves", py_moves, METH_O,
-     "moves(list) -> capsule\n\nWhat is done with a record that has been read. Each move is (from, to, rows, columns, "
-     "source, source_row, source_column, destination, destination_row): items of type 0 (fp32), 1 (bf16), 2 (fp16) or "
-     "3 (bytes, which stay bytes), bytes from the beginning of either memory, and items from one row or column to the "
-     "next."},
     {"reader_submit", py_reader_submit, METH_VARARGS,
      "reader_submit(reader, class, nbytes, parts, moving=None) -> capsule\n\nQueues a record of nbytes in class 0 "
      "(demand), 1 "
@@ -468,16 +286,6 @@ PyMethodDef reader_methods[] = {
      "`moving` is (moves, source, source_bytes, destination, destination_bytes): they are done before it is settled as "
      "whole. "
      "RuntimeError: the reader is closed, this is a fork, or there is no thread to be had."},
-    {"read_plan", py_read_plan, METH_VARARGS,
-     "read_plan(nbytes, parts, moves=None) -> capsule\n\nA record that reader_submit_plans reads into any buffer. "
-     "Parts "
-     "as in reader_submit, with the place in the buffer, a multiple of 4096, for the destination."},
-    {"reader_submit_plans", py_reader_submit_plans, METH_VARARGS,
-     "reader_submit_plans(reader, class, plans) -> list of capsules\n\nQueues several records, all or, with an "
-     "exception, "
-     "none. Each is (plan, buffer, buffer_bytes), or (plan, buffer, buffer_bytes, destination, destination_bytes) "
-     "where "
-     "the plan has moves. Otherwise as reader_submit."},
     {"reader_cancel", py_reader_ask<&Reader::cancel>, METH_VARARGS,
      "reader_cancel(reader, record) -> bool\n\nTrue, and the record is settled, if nothing of it had been begun."},
     {"reader_give_up", py_reader_ask<&Reader::give_up>, METH_VARARGS,

@@ -21,6 +21,23 @@ class Scratch {
     size_t nbytes_;
 };
 
+// Hands out places in scratch memory, one behind the other.
+class ScratchLayout {
+  public:
+    int64_t nbytes() const { return nbytes_; }
+
+  protected:
+    // Where the next `bytes` are, 64-byte aligned.
+    int64_t take(int64_t bytes) {
+        const int64_t begin = nbytes_;
+        nbytes_ += (bytes + 63) / 64 * 64;
+        return begin;
+    }
+
+  private:
+    int64_t nbytes_ = 0;
+};
+
 // Buffers that each thread has one of.
 enum class Buffer : int { kRows, kPanel };
 

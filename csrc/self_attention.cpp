@@ -15,10 +15,8 @@
 namespace moert {
 namespace {
 
-constexpr int64_t kAlignment = 64;
-
 // Where each result is in the scratch memory.
-struct Layout {
+struct Layout : ScratchLayout {
     explicit Layout(const SelfAttention& of) {
         const int64_t size = bytes_of(of.number);
         const int64_t q_bytes = of.heads * of.width * size, kv_bytes = of.kv_heads * of.width * size;
@@ -37,14 +35,6 @@ struct Layout {
     }
 
     int64_t x, packed, q, k, v, normed_q, normed_k, turned_q, attended, o;
-    int64_t nbytes = 0;
-
-  private:
-    int64_t take(int64_t bytes) {
-        const int64_t begin = nbytes;
-        nbytes += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-        return begin;
-    }
 };
 
 class SelfAttentionWork final : public Work {
@@ -53,7 +43,7 @@ class SelfAttentionWork final : public Work {
         : of_(attention),
           token_(token),
           at_(attention),
-          scratch_(static_cast<size_t>(at_.nbytes)),
+          scratch_(static_cast<size_t>(at_.nbytes())),
           attention_(inner()),
           in_(share_out({attention.q.w.n, attention.k.w.n, attention.v.w.n}, kMostRows, threads())),
           out_(share_out(1, attention.hidden, kMostRows, threads())) {

@@ -149,6 +149,11 @@ class Picks:
             y,
         )
 
+    def found(self, normed: torch.Tensor, output: torch.Tensor, took: float) -> BlockOutput:
+        """What has become of a token in one block; `took` is the extension's answer, below 0 where it left the experts
+        out."""
+        return BlockOutput(normed, self.ids, self.weights, self.logits, self.shared, None if took < 0 else output, took)
+
 
 class TokenBlock:
     """experts(x) of those that a router picks, times `scale`, plus what a shared expert gives.
@@ -221,7 +226,7 @@ class TokenBlock:
             return None
         picks, output = Picks(self, x), torch.empty_like(x)
         took = _C.run_block(self.plan, x.data_ptr(), picks.arguments(0, experts, output.data_ptr()))
-        return BlockOutput(x, picks.ids, picks.weights, picks.logits, picks.shared, None if took < 0 else output, took)
+        return picks.found(x, output, took)
 
     def finish(self, found: Any, experts: torch.Tensor) -> torch.Tensor:
         """The output for what `run` left without, once somebody has computed the experts [1, D]."""

@@ -78,9 +78,7 @@ class TokenLayer:
             return None
         picks = Picks(self.block, x)
         (took,) = _C.run_layers([(self.plan, token, picks.arguments(0, experts, output.data_ptr()), None)])
-        return LayerOutput(
-            y, normed, picks.ids, picks.weights, picks.logits, picks.shared, None if took < 0 else output, took
-        )
+        return LayerOutput(y, *picks.found(normed, output, took))
 
     def finish(self, found: LayerOutput, experts: torch.Tensor) -> torch.Tensor:
         """The output for what `run` left without, once somebody has computed the experts [1, D]."""

@@ -4,132 +4,46 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
-import hashlib
-import mmap
 import os
-import random
 import shutil
 import subprocess
-import sys
-import textwrap
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import disk_support
+import native_support
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from own_threads import check_no_disk_threads, disk_threads
+from native_support import (
+    FAILED,
+    MIB,
+    PATIENCE_S,
+    SIZE,
+    SLOT_BYTES,
+    UNDER_WAY,
+    set_lanes,
+    state,
+    submit,
+    unreadable,
+    until,
+)
+from own_threads import disk_threads
 
 from moert import _C
 from moert.errors import CorruptFileError, MoertError, TransferError
-from moert.tiers import native_reads, reader, shard_file
-from moert.tiers.arena import HostArena, SlotBank
-from moert.tiers.depth import DEPTHS, START_DEPTH, DepthTuner
-from moert.tiers.disk import BLOCK_BYTES, DiskReader, FileCalls, Priority, Read, ReadHandle, ShardFile
+from moert.tiers import shard_file
+from moert.tiers.arena import SlotBank
+from moert.tiers.disk import BLOCK_BYTES, DiskReader, FileCalls, Priority, Read, ShardFile
 from moert.tiers.native_reads import NativeHandle
 from moert.tiers.thread_reads import ThreadHandle
 
+arena, slots = native_support.arena, native_support.slots
+content, path, file = native_support.content, native_support.path, native_support.file
+nothing_is_left_behind = disk_support.nothing_is_left_behind
+
 ROOT = Path(__file__).resolve().parent.parent
-MIB = 1 << 20
-SIZE = 24 * MIB + 1234
-SLOT_BYTES = 4 * MIB
-PATIENCE_S = 20.0
-UNDER_WAY, WHOLE, FAILED = range(3)
-
-
-@pytest.fixture(scope="module")
-def arena() -> Iterator[HostArena]:
-    arena = HostArena(8 * SLOT_BYTES)
-    yield arena
-    arena.close()
-
-
-@pytest.fixture(scope="module")
-def slots(arena: HostArena) -> SlotBank:
-    return SlotBank(arena, 0, SLOT_BYTES, 8)
-
-
-class Content(bytes):
-    def __repr__(self) -> str:  # where a test fails it is printed
-        return f"<{len(self)} bytes>"
-
-
-@pytest.fixture(scope="module")
-def content() -> bytes:
-    return Content(random.Random(7).randbytes(SIZE))
-
-
-@pytest.fixture
-def path(tmp_path: Path, content: bytes) -> Path:
-    path = tmp_path / "shard.safetensors"
-    path.write_bytes(content)
-    return path
-
-
-@pytest.fixture
-def file(path: Path) -> Iterator[ShardFile]:
-    with ShardFile(path) as file:
-        if not file.direct:
-            pytest.skip("this file system has no O_DIRECT")
-        yield file
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_behind() -> Iterator[None]:
-    fds = set(os.listdir("/proc/self/fd"))
-    yield
-    gc.collect()
-    check_no_disk_threads()
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("moert")] == []
-    assert set(os.listdir("/proc/self/fd")) - fds == set()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
-def set_lanes(reader: DiskReader, file: ShardFile, lanes: int) -> None:
-    """With 0 nothing is begun."""
-    _C.reader_set_lanes(reader._reads.native._reader, file.identity.device, lanes, lanes)
-
-
-def state(handle: ReadHandle) -> int:
-    """What has become of a record, without the handle's noticing."""
-    assert isinstance(handle, NativeHandle)
-    return _C.record_state(handle._record)
-
-
-def submit(
-    reader: DiskReader,
-    file: ShardFile,
-    place: memoryview,
-    offset: int,
-    nbytes: int,
-    priority: Priority = Priority.DEMAND,
-) -> ReadHandle:
-    handle = reader.submit_read([Read(file, offset, nbytes, place)], priority)
-    assert isinstance(handle, NativeHandle)
-    return handle
-
-
-@contextlib.contextmanager
-def unreadable(file: ShardFile) -> Iterator[None]:
-    """Reads of the file fail."""
-    good = os.dup(file._fd)
-    bad = os.open(file.path.with_suffix(".bad"), os.O_WRONLY | os.O_CREAT)
-    try:
-        os.dup2(bad, file._fd, inheritable=False)
-        yield
-    finally:
-        os.dup2(good, file._fd, inheritable=False)
-        os.close(good)
-        os.close(bad)
 
 
 class TestBytes:
@@ -270,118 +184,6 @@ class TestWhoReads:
             assert reader.totals().read_s == totals.read_s, "an idle disk is not busy"
 
 
-class TestQueue:
-    def test_cancel_and_promote(self, file: ShardFile, content: bytes, slots: SlotBank) -> None:
-        with DiskReader(2) as reader:
-            set_lanes(reader, file, 0)
-            kinds = [Priority.PREFETCH, Priority.PROMOTION, Priority.DEMAND, Priority.PREFETCH]
-            handles = [submit(reader, file, slots.slot(i), i * MIB, MIB, kind) for i, kind in enumerate(kinds)]
-            assert not any(handle.ready for handle in handles)
-            assert handles[0].cancel()
-            assert not handles[0].cancel()
-            assert handles[0].ready
-            with pytest.raises(MoertError, match="cancelled before it started"):
-                handles[0].wait()
-            for handle in handles[1:]:
-                handle.promote()
-            assert [handle.priority for handle in handles[1:]] == [Priority.DEMAND] * 3
-            handles[0].promote()
-            assert handles[0].priority is Priority.PREFETCH
-            with pytest.raises(TimeoutError, match=r"1048576 bytes is not done after 0\.01 s"):
-                handles[1].wait(0.01)
-            set_lanes(reader, file, 2)
-            for i in (1, 2, 3):
-                assert handles[i].wait(PATIENCE_S) == handles[i].wait(0) == (0,)
-                assert slots.slot(i)[:MIB] == content[i * MIB : (i + 1) * MIB]
-                assert not handles[i].cancel()
-            assert reader.totals().records == 3
-
-    def test_demand_goes_first(self, file: ShardFile, content: bytes, slots: SlotBank) -> None:
-        """Into the same memory: what is there at the end was read last."""
-        with DiskReader(1) as reader:
-            set_lanes(reader, file, 0)
-            places = [slots.slot(0)[i * MIB : (i + 1) * MIB] for i in range(4)]
-            guesses = [
-                submit(reader, file, place, (8 + i) * MIB, MIB, Priority.PREFETCH) for i, place in enumerate(places)
-            ]
-            demand = submit(reader, file, slots.slot(0), 0, 4 * MIB)
-            set_lanes(reader, file, 1)
-            for handle in [demand, *guesses]:
-                handle.wait(PATIENCE_S)
-            for i, place in enumerate(places):
-                assert place == content[(8 + i) * MIB : (9 + i) * MIB], f"guess {i} was read before the demand"
-
-    def test_the_first_of_many_is_there_early(self, file: ShardFile, slots: SlotBank) -> None:
-        with DiskReader(4) as reader:
-            end = time.monotonic() + PATIENCE_S
-            while time.monotonic() < end:
-                set_lanes(reader, file, 0)
-                handles = [submit(reader, file, slots.slot(i), 0, 4 * MIB) for i in range(8)]
-                set_lanes(reader, file, 4)
-                handles[1].wait(PATIENCE_S)
-                if handles[0].ready and not handles[-1].ready:
-                    break
-                for handle in handles:
-                    handle.wait(PATIENCE_S)
-            else:
-                pytest.fail("the last of eight was there with the first, each time")
-
-    def test_many_threads_lose_nothing(self, file: ShardFile, content: bytes, slots: SlotBank) -> None:
-        outcomes: list[list[str]] = [[] for _ in range(4)]
-        with DiskReader() as reader:
-
-            def work(number: int) -> None:
-                chance = random.Random(number)
-                for _ in range(60):
-                    handles = []
-                    for part in range(4):
-                        begin = part * MIB
-                        nbytes = chance.choice([1, 5000, 900_000])
-                        offset = chance.randrange(SIZE - nbytes)
-                        place = slots.slot(number)[begin : begin + MIB]
-                        finish = (lambda _: None) if chance.random() < 0.1 else None
-                        handle = reader.submit_read(
-                            [Read(file, offset, nbytes, place)], chance.choice(list(Priority)), finish
-                        )
-                        handles.append((handle, place, offset, nbytes))
-                        if chance.random() < 0.3:
-                            chance.choice(handles)[0].promote()
-                        if chance.random() < 0.2:
-                            chance.choice(handles)[0].cancel()
-                    for handle, place, offset, nbytes in handles:
-                        try:
-                            start = handle.wait(PATIENCE_S)[0]
-                        except MoertError:
-                            outcomes[number].append("cancelled")
-                        else:
-                            good = place[start : start + nbytes] == content[offset : offset + nbytes]
-                            outcomes[number].append("good" if good else "bad")
-
-            threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(120)
-            everything = [outcome for one in outcomes for outcome in one]
-            assert len(everything) == 4 * 60 * 4
-            assert set(everything) == {"good", "cancelled"}
-            assert reader.totals().records == everything.count("good")
-
-    def test_several_may_wait_for_one(self, file: ShardFile, slots: SlotBank) -> None:
-        with DiskReader(1) as reader:
-            set_lanes(reader, file, 0)
-            handle = submit(reader, file, slots.slot(0), 5, 100)
-            found: list[tuple[int, ...]] = []
-            threads = [threading.Thread(target=lambda: found.append(handle.wait(PATIENCE_S))) for _ in range(5)]
-            for thread in threads:
-                thread.start()
-            time.sleep(0.02)
-            set_lanes(reader, file, 1)
-            for thread in threads:
-                thread.join()
-            assert found == [(5,)] * 5
-
-
 class TestFailures:
     def test_truncated_while_in_use(self, file: ShardFile, path: Path, slots: SlotBank) -> None:
         with DiskReader(2) as reader:
@@ -474,274 +276,6 @@ class TestFailures:
             assert type(handle) is ThreadHandle
             assert handle.wait(PATIENCE_S) == (5,)
             assert file._readers == 0
-
-
-def aligned(nbytes: int) -> mmap.mmap:
-    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-class TestLifetimes:
-    def test_memory_stays_until_the_read_is_over(self, file: ShardFile) -> None:
-        memory = aligned(MIB)
-        with DiskReader(1) as reader:
-            set_lanes(reader, file, 0)
-            handle = submit(reader, file, memoryview(memory), 0, MIB)
-            record = handle._record  # type: ignore[attr-defined]
-            del handle
-            gc.collect()
-            with pytest.raises(BufferError):
-                memory.close()
-            set_lanes(reader, file, 1)
-            until(lambda: _C.record_state(record) == WHOLE)
-            reader._reads.native.sweep()
-            memory.close()
-
-    def test_dropped_handles_are_swept_up_on_the_way(self, file: ShardFile, slots: SlotBank) -> None:
-        with DiskReader(2) as reader:
-            for _ in range(300):
-                handle = submit(reader, file, slots.slot(0), 0, 100)
-                until(lambda handle=handle: state(handle) == WHOLE)  # type: ignore[misc]
-                assert len(reader._reads.native._unsettled) <= 64
-            reader.close()
-            assert reader._reads.native._unsettled == set()
-        assert file._readers == 0
-
-    def test_a_settled_handle_holds_no_memory(self, file: ShardFile) -> None:
-        memory = aligned(MIB)
-        gc.collect()
-        gc.disable()
-        try:
-            with DiskReader(1) as reader:
-                handle = submit(reader, file, memoryview(memory), 0, MIB)
-                handle.wait(PATIENCE_S)
-                memory.close()
-        finally:
-            gc.enable()
-
-    def test_closing_a_file_waits_for_the_reads_on_it(self, path: Path, content: bytes, slots: SlotBank) -> None:
-        """A descriptor closed under a read could name another file by the time the kernel looks it up."""
-        file = ShardFile(path)
-        if not file.direct:
-            pytest.skip("this file system has no O_DIRECT")
-        with DiskReader(1) as reader:
-            set_lanes(reader, file, 0)
-            handle = submit(reader, file, slots.slot(0), 0, MIB)
-            file.close()
-            with open(os.devnull, "rb") as other:
-                assert other.fileno() != file._fd
-                set_lanes(reader, file, 1)
-                handle.wait(PATIENCE_S)
-            assert slots.slot(0)[:MIB] == content[:MIB]
-            with pytest.raises(OSError, match="Bad file"):
-                os.fstat(file._fd)
-
-    def test_close_while_reading(self, file: ShardFile, content: bytes, arena: HostArena, slots: SlotBank) -> None:
-        for depth in (1, 3):
-            reader = DiskReader(depth)
-            handles = [submit(reader, file, slots.slot(i), 5, 3 * MIB) for i in range(8)]
-            handles[0].wait(PATIENCE_S)
-            reader.close()
-            after = hashlib.sha256(arena.view(0, arena.nbytes)).digest()
-            assert all(handle.ready for handle in handles)
-            whole = reader.totals().records
-            for i, handle in enumerate(handles):
-                if i < whole:
-                    assert handle.wait() == (5,)
-                    assert slots.slot(i)[5 : 5 + 3 * MIB] == content[5 : 5 + 3 * MIB]
-                else:
-                    with pytest.raises(MoertError, match=r"^the disk reader was closed before this read started$"):
-                        handle.wait()
-            time.sleep(0.05)
-            assert hashlib.sha256(arena.view(0, arena.nbytes)).digest() == after
-            check_no_disk_threads()
-            reader.close()
-            with pytest.raises(MoertError, match="closed; load or patch"):
-                reader.submit_read([Read(file, 0, 1, slots.slot(0))])
-
-    def test_waiters_of_queued_records_learn_of_the_closing(self, file: ShardFile, slots: SlotBank) -> None:
-        reader = DiskReader(1)
-        set_lanes(reader, file, 0)
-        handle = submit(reader, file, slots.slot(0), 0, 100)
-        outcome: list[str] = []
-
-        def wait() -> None:
-            try:
-                handle.wait(PATIENCE_S)
-            except MoertError as error:
-                outcome.append(str(error))
-
-        thread = threading.Thread(target=wait)
-        thread.start()
-        time.sleep(0.02)
-        reader.close()
-        thread.join(PATIENCE_S)
-        assert outcome == ["the disk reader was closed before this read started"]
-
-    def test_a_forgotten_reader(self, file: ShardFile, content: bytes, slots: SlotBank) -> None:
-        for wait_first in (True, False):
-            disk = DiskReader(2)
-            handles = [submit(disk, file, slots.slot(i), 5, 4 * MIB - 5000) for i in range(8)]
-            handles[0].wait(PATIENCE_S)
-            if wait_first:
-                for handle in handles:
-                    handle.wait(PATIENCE_S)
-            del disk
-            gc.collect()
-            check_no_disk_threads()
-            for i, handle in enumerate(handles):
-                with contextlib.suppress(MoertError):
-                    handle.wait(PATIENCE_S)
-                    assert slots.slot(i)[5 : 4 * MIB - 5000] == content[5 : 4 * MIB - 5000]
-
-    def test_forgotten_in_the_middle_of_a_read(self, file: ShardFile) -> None:
-        memory = aligned(16 * MIB)
-        disk = DiskReader(1)
-        submit(disk, file, memoryview(memory), 0, 16 * MIB)
-        del disk
-        gc.collect()
-        check_no_disk_threads()
-        DiskReader().close()
-        assert reader._unfinished == set()
-        memory.close()
-
-    def test_descriptors_and_threads_do_not_pile_up(self, path: Path, file: ShardFile, slots: SlotBank) -> None:
-        gc.collect()
-        before = len(os.listdir("/proc/self/fd"))
-        for _ in range(50):
-            with ShardFile(path) as again, DiskReader(2) as disk:
-                submit(disk, again, slots.slot(0), 0, 4 * MIB).wait(PATIENCE_S)
-        assert len(os.listdir("/proc/self/fd")) == before
-        check_no_disk_threads()
-
-
-class TestDepth:
-    def test_the_default_is_measured(self, file: ShardFile, slots: SlotBank, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen: list[int] = []
-
-        class Watched(DepthTuner):
-            def observe(self, nbytes: float, seconds: float, lanes: int) -> int:
-                seen.append(lanes)
-                assert nbytes > 0
-                assert seconds > 0
-                return super().observe(nbytes, seconds, lanes)
-
-        monkeypatch.setattr(native_reads, "DepthTuner", Watched)
-        monkeypatch.setattr(native_reads, "PERIOD_S", 0.001)
-        monkeypatch.setattr(native_reads, "PERIOD_BYTES", 4 * MIB)
-        with DiskReader() as disk:
-            assert disk.depth == START_DEPTH
-            for _ in range(20):
-                for handle in [submit(disk, file, slots.slot(i), 0, 4 * MIB) for i in range(8)]:
-                    handle.wait(PATIENCE_S)
-            assert disk.depth in DEPTHS
-        assert set(seen) - {START_DEPTH}, "another depth was tried, and told of"
-        assert set(seen) <= set(DEPTHS)
-
-    def test_a_given_depth_stays(self, file: ShardFile, slots: SlotBank, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(native_reads, "PERIOD_S", 0.0)
-        monkeypatch.setattr(native_reads, "PERIOD_BYTES", 0)
-        with DiskReader(3) as disk:
-            for _ in range(10):
-                for handle in [submit(disk, file, slots.slot(i), 0, 4 * MIB) for i in range(8)]:
-                    handle.wait(PATIENCE_S)
-            assert disk.depth == 3
-            assert disk_threads() == 3
-
-
-PRELUDE = """
-    import os, signal, sys, threading, time
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have been started without it
-    from moert import _C
-    from moert.tiers.arena import HostArena
-    from moert.tiers.disk import *
-    arena = HostArena(64 << 20)
-    file = ShardFile(sys.argv[1])
-    reader = DiskReader(2)
-    def submit(i):
-        return reader.submit_read([Read(file, 0, 8 << 20, arena.view(i * (8 << 20), 8 << 20))])
-    def set_lanes(n):
-        _C.reader_set_lanes(reader._reads.native._reader, file.identity.device, n, n)
-"""
-
-
-def run_child(code: str, path: Path) -> subprocess.CompletedProcess[str]:
-    source = textwrap.dedent(PRELUDE) + textwrap.dedent(code)
-    return subprocess.run([sys.executable, "-c", source, str(path)], capture_output=True, text=True, timeout=60)
-
-
-class TestProcesses:
-    def test_exit_while_reading(self, file: ShardFile) -> None:
-        child = run_child("handles = [submit(i) for i in range(8)]; handles[0].wait(); print('done')", file.path)
-        assert (child.returncode, child.stdout, child.stderr) == (0, "done\n", "")
-
-    def test_exit_while_others_wait(self, file: ShardFile) -> None:
-        code = """
-            set_lanes(0)
-            handle = submit(0)
-            def wait():
-                try:
-                    handle.wait()
-                except Exception as error:
-                    os.write(1, str(error).encode())
-            threading.Thread(target=wait, daemon=True).start()
-            time.sleep(0.1)
-        """
-        child = run_child(code, file.path)
-        assert (child.returncode, child.stderr) == (0, "")
-
-    @pytest.mark.parametrize("sent_to", ["process", "another thread"])
-    def test_interrupted_while_waiting(self, file: ShardFile, sent_to: str) -> None:
-        send = {
-            "process": "os.kill(os.getpid(), signal.SIGINT)",
-            # Whose handler then only notes that there was one.
-            "another thread": "signal.pthread_kill(threading.get_ident(), signal.SIGINT)",
-        }[sent_to]
-        code = f"""
-            set_lanes(0)
-            handle = submit(0)
-            try:
-                threading.Timer(0.2, lambda: {send}).start()
-                handle.wait()
-            except KeyboardInterrupt:
-                print(handle.ready, handle.cancel())
-        """
-        child = run_child(code, file.path)
-        assert (child.returncode, child.stdout, child.stderr) == (0, "False True\n", "")
-
-    def test_a_fork_is_told(self, file: ShardFile) -> None:
-        code = """
-            over = submit(0)
-            over.wait()
-            set_lanes(0)
-            reads = [Read(file, 0, 4096, arena.view(0, 4096))]
-            handle = submit(1)
-            pid = os.fork()
-            if pid == 0:
-                for attempt in (handle.wait, lambda: reader.submit_read(reads)):
-                    try:
-                        attempt()
-                    except Exception as error:
-                        print(type(error).__name__, "fork" in str(error))
-                print(over.wait(), handle.ready, handle.cancel())
-                handle.promote()
-                reader.close()
-                del reader, handle
-                sys.exit(0)
-            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-            set_lanes(2)
-            print(handle.wait())
-        """
-        child = run_child(code, file.path)
-        assert (child.returncode, child.stderr) == (0, "")
-        expected = ["MoertError True", "MoertError True", "(0,) False False", "0", "(0,)"]
-        assert child.stdout.splitlines() == expected
-
-    def test_other_python_threads_run_meanwhile(self, file: ShardFile, slots: SlotBank) -> None:
-        with DiskReader(1) as disk:
-            set_lanes(disk, file, 0)
-            handle = submit(disk, file, slots.slot(0), 0, 100)
-            threading.Timer(0.1, set_lanes, (disk, file, 1)).start()
-            assert handle.wait(PATIENCE_S) == (0,), "the timer's thread must get the GIL while this one waits"
 
 
 def check_native(folder: Path, *options: str, rounds: int) -> None:

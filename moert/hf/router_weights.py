@@ -105,7 +105,7 @@ def look_ahead(model: nn.Module, runtime: OffloadRuntime) -> None:
     predictor = make_predictor(text, known, at_hand, "in a live run")
     runtime.look_ahead = LookAhead(predictor, runtime.layers, runtime.pipeline, prefetch=runtime.config.prefetch)
     hooks: list[Any] = []
-    if any(getattr(type(predictor), name) is not getattr(Predictor, name) for name in ("begin_sequence", "begin_pass")):
+    if runtime.look_ahead.has_passes:
         hooks.append(ForwardWatch(model, functools.partial(_begin, runtime)))
     for path, module in offloaded_modules(model).items():
         block = block_of(model, path)

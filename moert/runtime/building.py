@@ -13,10 +13,11 @@ from moert.residency import Residency
 from moert.runtime.device_host import HeldResidency
 from moert.runtime.device_layer import DeviceLayer
 from moert.runtime.host_tier import HostTier
-from moert.runtime.layer import LayerCache, LayerSpec, ParameterLayer, SlotLayer, Weights
+from moert.runtime.layer import LayerCache, LayerSpec, ParameterLayer, Weights
 from moert.runtime.preload import Progress, preload
 from moert.runtime.records import RecordSource
 from moert.runtime.runtime import OffloadRuntime, reads_ahead
+from moert.runtime.slot_layer import SlotLayer
 from moert.runtime.staging import StagingPool
 from moert.tiers.disk import DiskReader
 from moert.tiers.memory import available_bytes

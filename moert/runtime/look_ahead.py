@@ -71,9 +71,10 @@ class LookAhead:
         self._passes = 0
         self._observes = type(predictor).observe is not Predictor.observe
         self._has_step = type(predictor).step is not Predictor.step
-        self._has_passes = any(
+        self.has_passes = any(
             getattr(type(predictor), name) is not getattr(Predictor, name) for name in ("begin_sequence", "begin_pass")
         )
+        """Whether the predictor makes anything of where sequences and passes begin."""
         ahead = [layer.residency.policy.tokens_ahead for layer in layers]
         self._ahead = ahead if predictor.gives_probabilities else [0] * len(layers)
         """Tokens ahead that each layer's policy wants to know of."""
@@ -178,7 +179,7 @@ class LookAhead:
 
     def rest(self) -> bool:
         """A token goes through all layers, in none of which there is anything to do: whether `begin` may go without."""
-        if self._has_passes:
+        if self.has_passes:
             return False  # what it does there is to be held against what the layers take
         self._passes += 1
         if not self._is_resting:

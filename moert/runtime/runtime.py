@@ -19,13 +19,14 @@ from moert.runtime.compute import Compute, Scratch
 from moert.runtime.counts import sums, total
 from moert.runtime.device_layer import DeviceLayer, Forward
 from moert.runtime.host_tier import HostTier, Resized
-from moert.runtime.layer import LayerCache, SlotLayer
+from moert.runtime.layer import LayerCache
 from moert.runtime.look_ahead import LookAhead
 from moert.runtime.one_token import TokenArguments, TokenKernel, count_whole, run_whole_layer
 from moert.runtime.pace import Pace
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.records import RecordSource
 from moert.runtime.sizing import HostSizing
+from moert.runtime.slot_layer import SlotLayer
 from moert.runtime.staging import StagingPool
 from moert.runtime.stats import LayerStats, Stats
 from moert.runtime.step import SHOWN_TOKENS, run_step

@@ -11,8 +11,9 @@ from moert.errors import MoertError
 from moert.plan import default_budget, plan_slots, shrink_slots
 from moert.pressure import describe
 from moert.runtime.host_tier import HostTier, Resized
-from moert.runtime.layer import LayerCache, SlotLayer
+from moert.runtime.layer import LayerCache
 from moert.runtime.pipeline import Pipeline
+from moert.runtime.slot_layer import SlotLayer
 from moert.runtime.watch import MemoryWatch
 from moert.tiers.memory import memory_report
 
