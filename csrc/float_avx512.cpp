@@ -1,4 +1,5 @@
 // Unquantised weights with AVX-512.
+#include "cpu.h"
 #include "kernel.h"
 #include "target.h"
 

@@ -1,4 +1,5 @@
 // Unquantised weights with NEON. All of it is in the baseline of aarch64, so nothing here needs a target.
+#include "cpu.h"
 #include "kernel.h"
 
 #if defined(__aarch64__)

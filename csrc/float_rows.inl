@@ -44,7 +44,7 @@ constexpr int64_t kTileRows = 32;
 
 // Sums over [begin, end) of k, a multiple of the lanes but for the end of a row, go on from `partial` or from zero, and
 // end there or, at the end of the row, in y.
-template <Format kFormat, int kRows, int kTokens>
+template <Format kFormat, int kRows, int kTokens, bool kPrefetch>
 inline void rows_block(const uint8_t* weight, int64_t row_bytes, const float* x, int64_t x_stride, int64_t begin,
                        int64_t end, int64_t k, float* partial, float* y, int64_t y_stride, bool more_rows) {
     typename Vec::Reg sums[kRows][kTokens];
@@ -61,7 +61,7 @@ inline void rows_block(const uint8_t* weight, int64_t row_bytes, const float* x,
         for (int token = 0; token < kTokens; ++token) values[token] = Vec::load(x + token * x_stride + i);
         for (int row = 0; row < kRows; ++row) {
             const uint8_t* numbers = weight + row * row_bytes + i * bytes_of<kFormat>();
-            Vec::prefetch(numbers + ahead);
+            if (kPrefetch) Vec::prefetch(numbers + ahead);
             const typename Vec::Reg w = Vec::template weights<kFormat>(numbers);
             for (int token = 0; token < kTokens; ++token)
                 sums[row][token] = Vec::fma(w, values[token], sums[row][token]);
@@ -90,17 +90,20 @@ template <Format kFormat, int kTokens>
 inline void rows_of_tokens(const Matrix& w, int64_t begin, int64_t end, int64_t limit, const float* x, int64_t x_stride,
                            int64_t chunk, float* y, int64_t y_stride) {
     const int64_t row_bytes = w.k * bytes_of<kFormat>();
+    // More tokens take so long for each line that memory is not what is waited for.
+    const bool one_stream = kTokens == 1 && reads_one_stream();
     alignas(64) float partial[kTileRows * kTokens * Vec::kLanes];
     for (int64_t from = 0; from < w.k; from += chunk) {
         const int64_t to = from + chunk < w.k ? from + chunk : w.k;
         float* sums = partial;
         int64_t row = begin;
-        for (; row + kRowBlock <= end; row += kRowBlock, sums += kRowBlock * kTokens * Vec::kLanes)
-            rows_block<kFormat, kRowBlock, kTokens>(w.data + row * row_bytes, row_bytes, x, x_stride, from, to, w.k,
-                                                    sums, y + row - begin, y_stride, row + 2 * kRowBlock <= limit);
+        for (; !one_stream && row + kRowBlock <= end; row += kRowBlock, sums += kRowBlock * kTokens * Vec::kLanes)
+            rows_block<kFormat, kRowBlock, kTokens, true>(w.data + row * row_bytes, row_bytes, x, x_stride, from, to,
+                                                          w.k, sums, y + row - begin, y_stride,
+                                                          row + 2 * kRowBlock <= limit);
         for (; row < end; ++row, sums += kTokens * Vec::kLanes)
-            rows_block<kFormat, 1, kTokens>(w.data + row * row_bytes, row_bytes, x, x_stride, from, to, w.k, sums,
-                                            y + row - begin, y_stride, false);
+            rows_block<kFormat, 1, kTokens, false>(w.data + row * row_bytes, row_bytes, x, x_stride, from, to, w.k,
+                                                   sums, y + row - begin, y_stride, false);
     }
 }
 

@@ -1,5 +1,6 @@
 // Unquantised weights in portable C++.
 #include "half.h"
+#include "cpu.h"
 #include "kernel.h"
 
 namespace moert {
