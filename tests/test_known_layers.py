@@ -31,10 +31,10 @@ class Decoding:
         self._chains: list[LayerChain] = []
         begin = LayerChain._begin
 
-        def note(chain: LayerChain, place: int, x: Any, arguments: dict[str, Any]) -> Any:
+        def note(chain: LayerChain, place: int, x: Any, arguments: dict[str, Any], *fewest: int) -> Any:
             self.calls.append((place, x, arguments))
             self._chains.append(chain)
-            return begin(chain, place, x, arguments)
+            return begin(chain, place, x, arguments, *fewest)
 
         monkeypatch.setattr(LayerChain, "_begin", note)
         cache = DynamicCache(config=model.config)

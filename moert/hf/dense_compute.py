@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moert.hf.adapters import adapter_for
 from moert.hf.attention import attention_forward
+from moert.hf.base_model import base_model_forward
 from moert.hf.block_forward import block_forward
 from moert.hf.decoder_layer import chain_layers, decoder_layer_forward
 from moert.hf.experts import OffloadedExperts
@@ -107,6 +108,11 @@ def take_over(model: nn.Module, wanted: bool | None, note: Note | None = None) -
                     taken.append(weakref.ref(module))
         for module in _outside_experts(model):
             chain_layers(module)
+        for module in _outside_experts(model):
+            whole = base_model_forward(module)
+            if whole is not None:
+                module.forward = whole
+                taken.append(weakref.ref(module))
     _taken.setdefault(model, []).extend(taken)
     if isinstance(model, PreTrainedModel) and model not in _hooks:
         _hooks[model] = grow(model)

@@ -51,14 +51,25 @@ class LayerChain:
             self._ahead = ahead
         return output
 
-    def _begin(self, place: int, x: Any, arguments: dict[str, Any]) -> _Ahead | None:
+    def run_all(self, x: Any, arguments: dict[str, Any], count: int) -> torch.Tensor | None:
+        """What the last one gives for the token `x`; None, and nothing has happened, unless all of them, `count`, can
+        be run without their modules being called."""
+        ahead = self._begin(0, x, arguments, count)
+        if ahead is None:
+            return None
+        self._ahead = None
+        return ahead.take_all()
+
+    def _begin(self, place: int, x: Any, arguments: dict[str, Any], fewest: int = 1) -> _Ahead | None:
+        """Those layers that can be run together, two or more; None if fewer than `fewest` have run."""
+        least = max(fewest, 2)
         known = self._known.get(place)
         tokens = None if known is None else known.tokens(x, arguments)
         if known is not None and tokens is not None:
             wholes: Sequence[Whole] = known.wholes
         else:
             wholes, tokens = self._take(place, x, arguments)
-        if len(tokens) < 2:
+        if len(tokens) < least:
             return None
         cos, sin = tokens[0].arguments[1:3]
         layers, places = [whole.layer for whole in wholes], [token.arguments[3:] for token in tokens]
@@ -66,8 +77,9 @@ class LayerChain:
         output = runtime.run_ahead(
             [whole.index for whole in wholes[: len(tokens)]],
             lambda tables: run_layers(layers[: len(tables)], x, cos, sin, places[: len(tables)], tables),
+            least,
         )
-        if output is None or not output.experts_s:
+        if output is None or len(output.experts_s) < fewest:
             return None
         return _Ahead(place, wholes, tokens, output, arguments)
 
@@ -110,7 +122,6 @@ class _Ahead:
         self._first, self._wholes, self._tokens, self._output = first, wholes, tokens, output
         self._angles, self._cache = arguments["position_embeddings"], arguments["past_key_values"]
         self._names = arguments.keys()
-        self._handed = output.handed.unbind(0)
         self._picks = output.ids[:, 0].tolist()
         self._taken = 0
 
@@ -148,9 +159,22 @@ class _Ahead:
         at = self._taken
         self._taken += 1
         whole = self._wholes[at]
-        whole.runtime.note_ahead(whole.index, self._picks[at], self._output.experts_s[at])
+        whole.runtime.note_ahead([(whole.index, self._picks[at], self._output.experts_s[at])])
+        self._finish(at)
+        return self._output.handed[at]
+
+    def take_all(self) -> torch.Tensor:
+        """What the last one gives; none has been taken."""
+        runs = zip(self._wholes, self._picks, self._output.experts_s, strict=False)
+        self._wholes[0].runtime.note_ahead([(whole.index, picks, took) for whole, picks, took in runs])
+        self._taken = len(self._output.experts_s)
+        for at in range(self._taken):
+            self._finish(at)
+        return self._output.handed[self._taken - 1]
+
+    def _finish(self, at: int) -> None:
         self._tokens[at].layer.token_written()
+        whole = self._wholes[at]
         if whole.is_watched:
             output = self._output
             whole.tell(output.normed[at], output.ids[at], output.weights[at], output.logits[at])
-        return self._handed[at]

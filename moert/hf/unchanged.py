@@ -68,6 +68,12 @@ class Unchanged:
             self._ways += [(hooks, None, len(hooks)), *((hooks, key, hook) for key, hook in hooks.items())]
         self._flat = None
 
+    def add_unseen(self, module: nn.Module) -> None:
+        """Nobody is to look at what goes into `module` and comes out."""
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            self._ways.append((hooks, None, 0))
+        self._flat = None
+
     def join(self, other: Unchanged) -> None:
         """All that `other` asks."""
         self._parts += other._parts

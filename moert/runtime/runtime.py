@@ -166,12 +166,12 @@ class OffloadRuntime(UsedAlone):
         return found._replace(output=kernel.finish(found, output))
 
     @whole
-    def run_ahead(self, layers: Sequence[int], run: Callable[[Sequence[ExpertTable]], R]) -> R | None:
+    def run_ahead(self, layers: Sequence[int], run: Callable[[Sequence[ExpertTable]], R], least: int = 2) -> R | None:
         """Call `run` with the experts of as many of these layers, from the first on, as need nothing but kernels for a
         token: every expert is resident and nothing else to be done. Tell `note_ahead` of each layer that counts.
 
         Returns:
-            None, and `run` is not called, if they are fewer than two.
+            None, and `run` is not called, if they are fewer than `least`.
 
         Raises:
             MoertError: the runtime has been closed.
@@ -189,18 +189,21 @@ class OffloadRuntime(UsedAlone):
             if tables and self.look_ahead is not None and not self.look_ahead.rests(layers[len(tables) - 1]):
                 tables.pop()
         self._all_rest = len(tables) == len(self.layers) and (self.look_ahead is None or self.look_ahead.rest())
-        return run(tables) if len(tables) > 1 else None
+        return run(tables) if len(tables) >= least else None
 
     @whole
-    def note_ahead(self, layer: int, picks: list[int], experts_s: float) -> None:
-        """A token's K picks in a layer that `run_ahead` ran, as its turn has come.
+    def note_ahead(self, layers: Sequence[tuple[int, list[int], float]]) -> None:
+        """Layers that `run_ahead` ran, as their turn has come: each with the token's K picks and the seconds that its
+        experts took.
 
         Raises:
             MoertError: the runtime has been closed.
         """
-        if layer == 0:
-            self._pace.begin(1)
-        count_whole(self.layers[layer], picks, experts_s, None if self._all_rest else self.look_ahead)
+        look_ahead = None if self._all_rest else self.look_ahead
+        for layer, picks, experts_s in layers:
+            if layer == 0:
+                self._pace.begin(1)
+            count_whole(self.layers[layer], picks, experts_s, look_ahead)
 
     @whole
     def run_on_device(
