@@ -213,6 +213,35 @@ def test_fewer_layers(patched: Any, counted: Counted) -> None:
     assert not torch.equal(one, whole)
 
 
+@pytest.mark.parametrize("name", ["num_hidden_layers", "sliding_window"])
+def test_settings_that_change(name: str, patched: Any, counted: Counted) -> None:
+    before = getattr(patched.config, name)
+    setattr(patched.config, name, 1)
+    decode(patched)
+    assert counted.take() == 0
+    setattr(patched.config, name, before)
+    decode(patched)
+    assert counted.take() == STEPS - 1
+
+
+def test_one_more_layer(patched: Any, counted: Counted) -> None:
+    layers = patched.base_model.layers
+    patched.config.num_hidden_layers += 1
+    layers.append(layers[0])
+    decode(patched)
+    assert counted.take() == 0
+    layers._modules.popitem()
+    patched.config.num_hidden_layers -= 1
+    decode(patched)
+    assert counted.take() == STEPS - 1
+
+
+def test_compiling_sees_the_class(patched: Any, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(decode(patched), by_the_class(patched))
+    assert counted.take() == 0
+
+
 def test_training_is_the_class_s(patched: Any, counted: Counted) -> None:
     patched.train()
     decode(patched)

@@ -13,7 +13,7 @@ from transformers.utils.generic import ModelOutput
 from moert.hf.decoder_layer import DecoderLayerForward
 from moert.hf.layer_chain import LayerChain
 from moert.hf.norms import NormForward
-from moert.hf.own_forward import OwnForward
+from moert.hf.own_forward import OwnForward, is_recorded
 from moert.hf.stand_ins import Normal, StandIn, same, with_children
 from moert.hf.unchanged import Unchanged
 
@@ -46,14 +46,23 @@ class BaseModelForward(OwnForward):
         self._parts.add_entry(vars(layers), "_modules")
         for layer in layers:
             self._parts.add_unseen(layer)
+        self._parts.add_count(layers._modules)
         self._parts.add_entry(vars(module), "config")
+        for name in (*_WINDOWS, "layer_types", "num_hidden_layers"):
+            self._parts.add_entry(vars(module.config), name)
         self._config = module.config
         self._asked_for = [name for name in dir(module.config) if name.startswith("output_")]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the class's forward."""
         module: Any = self.module()
-        if not args and self._chain is not None and type(module).forward is self._forward and not module.training:
+        if (
+            not args
+            and self._chain is not None
+            and type(module).forward is self._forward
+            and not module.training
+            and not is_recorded()
+        ):
             output = self._run(module, kwargs)
             if output is not None:
                 return output
@@ -65,6 +74,7 @@ class BaseModelForward(OwnForward):
         ids, places, cache = (arguments.get(name) for name in ("input_ids", "position_ids", "past_key_values"))
         if (
             not _is_one(ids)
+            or not self._chain.is_complete
             or not (places is None or _is_one(places))
             or not isinstance(cache, Cache)
             or not self._is_usual(arguments)
@@ -95,8 +105,8 @@ class BaseModelForward(OwnForward):
         config = self._config
         use_cache, as_dict = arguments.get("use_cache"), arguments.get("return_dict")
         return (
-            (config.use_cache if use_cache is None else use_cache) is True
-            and (config.return_dict if as_dict is None else as_dict) is True
+            (getattr(config, "use_cache", None) if use_cache is None else use_cache) is True
+            and (getattr(config, "return_dict", True) if as_dict is None else as_dict) is True
             and not any(getattr(config, name, False) for name in self._asked_for)
             and all(value is None or value is False for name, value in arguments.items() if name not in _GIVEN)
         )

@@ -90,6 +90,11 @@ class DecoderLayerForward(OwnForward):
         token = self._take(module, x, arguments)
         return None if token is None else (whole, token)
 
+    @property
+    def whole(self) -> Whole | None:
+        """The layer with its experts, if it can be run so."""
+        return self._whole
+
     def note(self, module: nn.Module, parts: Unchanged) -> None:
         """What `take` asks of `module`, but for the config of its attention."""
         attention = module._modules[self._attention]

@@ -51,6 +51,13 @@ class LayerChain:
             self._ahead = ahead
         return output
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all experts are there, without which `run_all` need not be tried."""
+        first = self._forwards[0]
+        whole = None if first is None else first.whole
+        return whole is not None and whole.runtime.is_complete
+
     def run_all(self, x: Any, arguments: dict[str, Any], count: int) -> torch.Tensor | None:
         """What the last one gives for the token `x`; None, and nothing has happened, unless all of them, `count`, can
         be run without their modules being called."""

@@ -68,6 +68,11 @@ class Unchanged:
             self._ways += [(hooks, None, len(hooks)), *((hooks, key, hook) for key, hook in hooks.items())]
         self._flat = None
 
+    def add_count(self, attributes: dict[Any, Any]) -> None:
+        """How many entries there are now."""
+        self._ways.append((attributes, None, len(attributes)))
+        self._flat = None
+
     def add_unseen(self, module: nn.Module) -> None:
         """Nobody is to look at what goes into `module` and comes out."""
         for hooks in (module._forward_pre_hooks, module._forward_hooks):

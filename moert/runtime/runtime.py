@@ -191,6 +191,12 @@ class OffloadRuntime(UsedAlone):
         self._all_rest = len(tables) == len(self.layers) and (self.look_ahead is None or self.look_ahead.rest())
         return run(tables) if len(tables) >= least else None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every expert is resident, so that `run_ahead` may take all layers; asked at any time, without waiting
+        for another use."""
+        return self._torn or all(len(layer.residency) >= layer.spec.num_experts for layer in self.layers)
+
     @whole
     def note_ahead(self, layers: Sequence[tuple[int, list[int], float]]) -> None:
         """Layers that `run_ahead` ran, as their turn has come: each with the token's K picks and the seconds that its
