@@ -1,4 +1,5 @@
 // Quantised weights with AVX2, FMA and F16C.
+#include "cpu.h"
 #include "kernel.h"
 #include "target.h"
 

@@ -1,4 +1,5 @@
 // Quantised weights with AVX-512, without VNNI.
+#include "cpu.h"
 #include "kernel.h"
 #include "target.h"
 

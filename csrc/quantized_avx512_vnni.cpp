@@ -1,4 +1,5 @@
 // Quantised weights with AVX-512 and its VNNI.
+#include "cpu.h"
 #include "kernel.h"
 #include "target.h"
 

@@ -5,9 +5,19 @@ constexpr int8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 
 
 constexpr int kFewTokens = 4;  // that share each line of the weight
 constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kStreamPrefetchBytes = 2048;
 
 inline void prefetch(const uint8_t* at) {
     __builtin_prefetch(at);
+}
+
+// Asks for codes ahead of those at `at`, of which each is to be multiplied with kTokens tokens.
+template <int kTokens, bool kOneStream>
+inline void prefetch_codes(const uint8_t* at) {
+    if (!kOneStream)
+        prefetch(at + kPrefetchBytes);
+    else if (kTokens > 1)  // the processor's own prefetching lags where each line takes that long
+        __builtin_prefetch(at + kStreamPrefetchBytes, 0, 2);
 }
 
 template <Kind kKind>
@@ -35,7 +45,7 @@ inline Row row_at(const Matrix& w, int64_t row) {
 
 template <Kind kKind>
 inline void next_span(const Matrix& w, Row& row) {
-    const int groups = kSpan / w.group;
+    const int groups = w.group == kGroup ? kLanes : kLanes / 4;
     row.codes += lines<kKind>() * kBytes;
     row.scales += groups * (kKind == Kind::kMxfp4 ? 1 : 2);
     if (kKind == Kind::kInt4Zeros) row.zeros += groups;
@@ -67,13 +77,14 @@ constexpr float last_factor() {
     return kKind == Kind::kMxfp4 ? 0.5f : 1.0f;
 }
 
-template <Kind kKind, int kTokens>
+template <Kind kKind, int kTokens, bool kOneStream>
 struct FewRow {
     static constexpr int kRun = is_nibbles<kKind>() ? 4 : 8;  // lanes of a group
     static constexpr int kGroupsOfLine = kLanes / kRun;
     static constexpr int kLineBytesOfGroup = kBytes / kGroupsOfLine;
 
     Row row;
+    int64_t scale_bytes;  // of a row
     Vec::Float sums[kTokens];
 
     // One span, or its first groups if it is the last.
@@ -84,14 +95,14 @@ struct FewRow {
         for (int token = 0; token < kTokens; ++token)
             scales[token] = Vec::mul(of_row, Vec::load(reinterpret_cast<const float*>(x + token * x_stride + kSpan +
                                                                                       lines<kKind>() * kBytes)));
-        prefetch(row.scales + scale_bytes<kKind>(w));
+        if (!kOneStream) prefetch(row.scales + scale_bytes);
         Vec::Int zeros = Vec::zero();
         if (kKind == Kind::kInt4Zeros) zeros = zeros_of<kKind>(w, row, kWhole ? kLanes : groups);
         const int count = kWhole ? lines<kKind>() : (groups + kGroupsOfLine - 1) / kGroupsOfLine;
 #pragma GCC unroll 8
         for (int line = 0; line < count; ++line) {
             const uint8_t* from = row.codes + line * kBytes;
-            prefetch(from + kPrefetchBytes);
+            prefetch_codes<kTokens, kOneStream>(from);
             const int first = line * kGroupsOfLine;
             const Vec::Int codes =
                 kWhole ? Vec::load(from) : Vec::load_some(from, int64_t{groups - first} * kLineBytesOfGroup);
@@ -121,13 +132,17 @@ struct FewRow {
 
 // Row by row, so that the weight is read as one stream: streams side by side are slower by more than sharing loads of x
 // between rows saves.
-template <Kind kKind, int kTokens>
-void few_tokens(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packed, float* y, int64_t y_stride) {
+template <Kind kKind, int kTokens, bool kOneStream>
+inline void few_tokens_as(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packed, float* y,
+                          int64_t y_stride) {
     const int64_t stride = few_token_bytes<kKind>(w.k), whole = w.k / kSpan;
     const int rest = static_cast<int>((w.k - whole * kSpan) / kGroup);
+    const int64_t code_bytes = row_bytes<kKind>(w), row_scales = scale_bytes<kKind>(w), row_zeros = w.k / w.group;
+    Row at = row_at<kKind>(w, begin);
     for (int64_t row = begin; row < end; ++row) {
-        FewRow<kKind, kTokens> product;
-        product.row = row_at<kKind>(w, row);
+        FewRow<kKind, kTokens, kOneStream> product;
+        product.row = at;
+        product.scale_bytes = row_scales;
         for (int token = 0; token < kTokens; ++token) product.sums[token] = Vec::broadcast(0);
         const uint8_t* x = packed;
         for (int64_t span = 0; span < whole; ++span, x += few_span_bytes<kKind>())
@@ -135,7 +150,18 @@ void few_tokens(const Matrix& w, int64_t begin, int64_t end, const uint8_t* pack
         if (rest > 0) product.template span<false>(w, x, stride, rest);
         for (int token = 0; token < kTokens; ++token)
             y[token * y_stride + row - begin] = Vec::sum(product.sums[token]) * last_factor<kKind>();
+        at.codes += code_bytes;
+        at.scales += row_scales;
+        if (kKind == Kind::kInt4Zeros) at.zeros += row_zeros;
     }
+}
+
+template <Kind kKind, int kTokens>
+void few_tokens(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packed, float* y, int64_t y_stride) {
+    if (reads_one_stream())
+        few_tokens_as<kKind, kTokens, true>(w, begin, end, packed, y, y_stride);
+    else
+        few_tokens_as<kKind, kTokens, false>(w, begin, end, packed, y, y_stride);
 }
 
 template <Kind kKind>

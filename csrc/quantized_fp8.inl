@@ -43,8 +43,9 @@ inline float load_scale(const float* scale) {
     return value;
 }
 
-template <int kTokens>
-void fp8_few_tokens(const Matrix& w, int64_t begin, int64_t end, const float* packed, float* y, int64_t y_stride) {
+template <int kTokens, bool kOneStream>
+inline void fp8_few_tokens_as(const Matrix& w, int64_t begin, int64_t end, const float* packed, float* y,
+                              int64_t y_stride) {
     const int64_t stride = fp8_blocks(w.k) * kFp8Block;
     for (int64_t row = begin; row < end; ++row) {
         const uint8_t* codes = w.data + row * w.k;
@@ -59,7 +60,7 @@ void fp8_few_tokens(const Matrix& w, int64_t begin, int64_t end, const float* pa
             for (int line = 0; line < kBlockLines; ++line) {
                 const int64_t at = first + line * kBytes;
                 if (line > 0 && at >= w.k) break;
-                prefetch(codes + at + kPrefetchBytes);
+                prefetch_codes<kTokens, kOneStream>(codes + at);
                 const Vec::Int some = Vec::load_some(codes + at, w.k - at);
                 seen = Vec::e4m3_seen(seen, some);
                 Vec::Float values[4];
@@ -79,6 +80,14 @@ void fp8_few_tokens(const Matrix& w, int64_t begin, int64_t end, const float* pa
         for (int token = 0; token < kTokens; ++token)
             y[token * y_stride + row - begin] = Vec::sum(sums[token]) * factor;
     }
+}
+
+template <int kTokens>
+void fp8_few_tokens(const Matrix& w, int64_t begin, int64_t end, const float* packed, float* y, int64_t y_stride) {
+    if (reads_one_stream())
+        fp8_few_tokens_as<kTokens, true>(w, begin, end, packed, y, y_stride);
+    else
+        fp8_few_tokens_as<kTokens, false>(w, begin, end, packed, y, y_stride);
 }
 
 void fp8_few_rows(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packed, int64_t tokens, float* y,
