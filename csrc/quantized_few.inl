@@ -44,11 +44,15 @@ inline Row row_at(const Matrix& w, int64_t row) {
 }
 
 template <Kind kKind>
+inline Row spans_on(const Matrix& w, const Row& row, int64_t spans) {
+    const int64_t groups = spans * (w.group == kGroup ? kLanes : kLanes / 4);
+    return {row.codes + spans * lines<kKind>() * kBytes, row.scales + groups * (kKind == Kind::kMxfp4 ? 1 : 2),
+            kKind == Kind::kInt4Zeros ? row.zeros + groups : nullptr};
+}
+
+template <Kind kKind>
 inline void next_span(const Matrix& w, Row& row) {
-    const int groups = w.group == kGroup ? kLanes : kLanes / 4;
-    row.codes += lines<kKind>() * kBytes;
-    row.scales += groups * (kKind == Kind::kMxfp4 ? 1 : 2);
-    if (kKind == Kind::kInt4Zeros) row.zeros += groups;
+    row = spans_on<kKind>(w, row, 1);
 }
 
 // The scales of the first `groups` groups of a span, a lane each.

@@ -152,6 +152,8 @@ inline void fp8_tiles(Fp8Span& span, int rows, int tokens, const float* x) {
     }
 }
 
+// The rows after these are asked for from one end to the other for one stream, else these ones' next blocks of k.
+template <bool kOneStream>
 void fp8_many_rows_block(const Matrix& w, int64_t begin, int count, const float* x, int tokens, float* y,
                          int64_t y_stride) {
     Fp8Span span;
@@ -165,11 +167,16 @@ void fp8_many_rows_block(const Matrix& w, int64_t begin, int count, const float*
     for (int64_t first = 0; first < w.k; first += kFp8Block, x += kBlockFloats) {
         for (int row = 0; row < count; ++row) {
             const uint8_t* codes = w.data + (begin + row) * w.k + first;
+            const uint8_t* ahead = kOneStream ? w.data + (begin + kFp8Rows) * w.k + first * kFp8Rows + row * kFp8Block
+                                              : codes + 2 * kFp8Block;
             span.scales[row] = load_scale(fp8_scales(w, begin + row) + first / kFp8Block);
             for (int line = 0; line < kBlockLines; ++line) {
                 const int64_t left = w.k - first - line * kBytes;
                 const Vec::Int some = left > 0 ? Vec::load_some(codes + line * kBytes, left) : Vec::zero();
-                prefetch(codes + line * kBytes + 2 * kFp8Block);
+                if (kOneStream)
+                    __builtin_prefetch(ahead + line * kBytes, 0, 2);
+                else
+                    prefetch(ahead + line * kBytes);
                 seen[row] = Vec::e4m3_seen(seen[row], some);
                 Vec::Float values[4];
                 Vec::e4m3(some, values);
@@ -185,14 +192,23 @@ void fp8_many_rows_block(const Matrix& w, int64_t begin, int count, const float*
     }
 }
 
-void fp8_many_rows(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packed, int64_t tokens, float* y,
-                   int64_t y_stride) {
+template <bool kOneStream>
+void fp8_many_rows_as(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packed, int64_t tokens, float* y,
+                      int64_t y_stride) {
     for (int64_t token = 0; token < tokens; token += kTokenBlock) {
         const float* x = reinterpret_cast<const float*>(packed + token / kTokenBlock * fp8_block_bytes(w.k));
         const int some = static_cast<int>(tokens - token < kTokenBlock ? tokens - token : kTokenBlock);
         for (int64_t row = begin; row < end; row += kFp8Rows) {
             const int count = static_cast<int>(end - row < kFp8Rows ? end - row : kFp8Rows);
-            fp8_many_rows_block(w, row, count, x, some, y + token * y_stride + row - begin, y_stride);
+            fp8_many_rows_block<kOneStream>(w, row, count, x, some, y + token * y_stride + row - begin, y_stride);
         }
     }
+}
+
+void fp8_many_rows(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packed, int64_t tokens, float* y,
+                   int64_t y_stride) {
+    if (reads_one_stream())
+        fp8_many_rows_as<true>(w, begin, end, packed, tokens, y, y_stride);
+    else
+        fp8_many_rows_as<false>(w, begin, end, packed, tokens, y, y_stride);
 }

@@ -38,7 +38,8 @@ inline void decode_span(const Matrix& w, Row (&rows)[kLanes], int groups, ManySp
     }
 }
 
-// Where the rows' next spans are; to be fetched while those at hand are used.
+// What is to be fetched while a span is used, as much as that: the rows' next spans or, for one stream, what lies as
+// far into the rows after these, from one end to the other.
 struct Ahead {
     const uint8_t* codes[kLanes];
     const uint8_t* scales[kLanes];
@@ -117,8 +118,8 @@ inline void many_tile_of(int tokens, const ManySpan& span, int groups, const uin
 
 // The products of up to kLanes rows and kManyTokens tokens.
 template <Kind kKind>
-void many_rows_block(const Matrix& w, int64_t begin, int count, bool is_first, bool is_last, const uint8_t* packed,
-                     int tokens, float* y, int64_t y_stride) {
+void many_rows_block(const Matrix& w, int64_t begin, int count, bool is_first, bool is_last, bool one_stream,
+                     const uint8_t* packed, int tokens, float* y, int64_t y_stride) {
     alignas(64) float sums[kManyTokens][kLanes] = {};
     ManySpan span;
     Row rows[kLanes];
@@ -131,17 +132,20 @@ void many_rows_block(const Matrix& w, int64_t begin, int count, bool is_first, b
         if (is_first) prefetch_span<kKind>(ahead, row);
     }
     const int64_t groups = w.k / kGroup;
+    const Row rows_after = row_at<kKind>(w, begin + kLanes);
     for (int64_t group = 0; group < groups; group += kLanes) {
         const int some = static_cast<int>(groups - group < kLanes ? groups - group : kLanes);
         decode_span<kKind>(w, rows, some, span);
         const bool is_end = group + kLanes >= groups;
         for (int row = 0; row < kLanes; ++row) {
             next_span<kKind>(w, rows[row]);
-            const Row next = is_end ? row_at<kKind>(w, begin + kLanes + row) : rows[row];
+            const Row next = one_stream ? spans_on<kKind>(w, rows_after, group + row)
+                             : is_end   ? row_at<kKind>(w, begin + kLanes + row)
+                                        : rows[row];
             ahead.codes[row] = next.codes;
             ahead.scales[row] = next.scales;
         }
-        const Ahead* to_prefetch = is_end && is_last ? nullptr : &ahead;
+        const Ahead* to_prefetch = is_last && (is_end || one_stream) ? nullptr : &ahead;
         const uint8_t* block = packed + group / kLanes * kManySpanBytes;
         for (int first = 0; first < tokens; first += kTokenBlock, block += many_block_bytes(w.k)) {
             const int of_block = tokens - first < kTokenBlock ? tokens - first : kTokenBlock;
@@ -161,12 +165,13 @@ void many_rows_block(const Matrix& w, int64_t begin, int count, bool is_first, b
 template <Kind kKind>
 void many_rows(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packed, int64_t tokens, float* y,
                int64_t y_stride) {
+    const bool one_stream = reads_one_stream();
     for (int64_t token = 0; token < tokens; token += kManyTokens) {
         const int some = static_cast<int>(tokens - token < kManyTokens ? tokens - token : kManyTokens);
         const uint8_t* x = packed + token / kTokenBlock * many_block_bytes(w.k);
         for (int64_t row = begin; row < end; row += kLanes) {
             const int count = static_cast<int>(end - row < kLanes ? end - row : kLanes);
-            many_rows_block<kKind>(w, row, count, row == begin, row + kLanes >= end, x, some,
+            many_rows_block<kKind>(w, row, count, row == begin, row + kLanes >= end, one_stream, x, some,
                                    y + token * y_stride + row - begin, y_stride);
         }
     }
