@@ -4,9 +4,10 @@
     python bench/cpu_decode.py --checkpoint /data/olmoe-bench --gguf /data/olmoe-bench.gguf
 
 All models are loaded once, in one process, and take turns, in another order each round, with the same number of
-threads. The limit is memory: what one token makes the CPU read, over what it can read in a second, measured in each
-round. No speed is given unless moert's greedy tokens are those of transformers. llama.cpp takes part when llama_cpp and
-gguf are installed in the environment. A model that is small against the last cache can be faster than the limit.
+threads, torch's limited in how long they spin as in cpu_experts.py. The limit is memory: what one token makes the CPU
+read, over what it can read in a second, measured in each round. No speed is given unless moert's greedy tokens are
+those of transformers. llama.cpp takes part when llama_cpp and gguf are installed in the environment. A model that is
+small against the last cache can be faster than the limit.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ from make_checkpoint import write_checkpoint
 from report import agreement
 from rich.console import Console
 from rich.table import Table
+from start import spinning_line, start_with
 from systems import Run, Spec, generate, load_moert
 
 from moert.errors import ConfigError, MoertError
 from moert.kernels import cpu
+from moert.torch_threads import wanted_settings
 
 SYSTEMS = ("moert", "transformers grouped_mm", "transformers eager", "llama.cpp")
 LIMIT_BYTES = 1 << 30
@@ -203,6 +206,7 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
 
+    console.print(spinning_line(), highlight=False)
     for name, why in absent.items():
         console.print(f"{name} did not run: {why}", highlight=False)
     colour = "green" if verdict.green else "red"
@@ -268,4 +272,5 @@ def _table(rows: list[dict[str, Any]], title: str, read_bytes_per_s: float) -> T
 
 
 if __name__ == "__main__":
+    start_with(wanted_settings())
     typer.run(main)

@@ -6,15 +6,15 @@
 
 All run in one process and in turns, in another order each round, with the same number of threads; a turn starts when
 the threads of the one before have come to rest. Weights lie in memory often enough that none is in a cache when its
-turn comes. No time is given unless moert's output is right: before anything is timed, each contender's output is
-compared with fp64. kt-kernel and llama.cpp take part when installed in the environment.
+turn comes. torch's threads spin for a quarter of a millisecond after an operation (GOMP_SPINCOUNT), for everybody,
+unless the environment says otherwise. No time is given unless moert's output is right: before anything is timed, each
+contender's output is compared with fp64. kt-kernel and llama.cpp take part when installed in the environment.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import random
 import shlex
 import sys
@@ -28,10 +28,12 @@ from cpu_layers import FORMATS, SHAPES
 from cpu_neighbour import neighbour_table
 from cpu_report import about_machine, cell_table, plot
 from rich.console import Console
+from start import spinning_line, start_with
 
 from moert.config import parse_budget
 from moert.errors import ConfigError, MoertError
 from moert.kernels import cpu
+from moert.torch_threads import wanted_settings
 
 
 def _chosen(text: str, known: tuple[str, ...], option: str) -> list[str]:
@@ -74,11 +76,7 @@ def main(
     try:
         if mask_isa is not None and mask_isa not in MASKS:
             raise ConfigError(f"--mask-isa {mask_isa!r}: choose from {', '.join(MASKS)}")
-        wanted = masked_environment(mask_isa)
-        if any(os.environ.get(name) != value for name, value in wanted.items()):
-            # The libraries look at these variables when they are loaded, which has happened.
-            sys.stdout.flush()
-            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
+        start_with(masked_environment(mask_isa))
         if plot_path is not None and importlib.util.find_spec("matplotlib") is None:
             raise ConfigError("--plot needs matplotlib; install it, or leave --plot out")
         working_bytes = parse_budget(working_set, "working-set").nbytes
@@ -113,6 +111,7 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
 
+    console.print(spinning_line(), highlight=False)
     red = [f"{cell['shape']} {cell['format']} {cell['batch']}" for cell in cells if cell["parity"] != Parity.GREEN]
     for name, why in absent.items():
         console.print(f"{name} did not run: {why}", highlight=False)
@@ -164,4 +163,5 @@ def show(console: Console, cell: dict[str, Any], threads: int) -> None:
 
 
 if __name__ == "__main__":
+    start_with(wanted_settings())
     typer.run(main)

@@ -4,9 +4,10 @@
 
 Each system runs in a process of its own inside a memory cgroup that counts the page cache too, starts with the model's
 files out of the page cache, and takes turns with the others. The disk is measured before and after each round, past the
-page cache. Speeds of moert are given only if its tokens are those of transformers. With moert-resident among the
-systems, moert also runs with every expert in memory, and its share is given of the slower of the two limits: reading
-what was read at the disk's speed, and computing at that run's.
+page cache. Every system's torch is limited in how long its threads spin, as in cpu_experts.py. Speeds of moert are
+given only if its tokens are those of transformers. With moert-resident among the systems, moert also runs with every
+expert in memory, and its share is given of the slower of the two limits: reading what was read at the disk's speed, and
+computing at that run's.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from limited import limit_refused
 from report import machine, set_share_of_limit, summarise, table
 from rich.console import Console
 from rounds import Bench
+from start import spinning_line
 from systems import SYSTEMS, Spec
 
 from moert.config import format_bytes, parse_budget
 from moert.errors import ConfigError, MoertError
+from moert.torch_threads import limit_spinning
 
 # What python, torch and transformers take before any weight: left free beside HuggingFace's share of the limit.
 INTERPRETER_BYTES = 450 << 20
@@ -80,6 +83,7 @@ def main(
     console = Console()
     # Terminated like interrupted: the child, its group and hf's copy of the checkpoint go too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    limit_spinning()  # of the children too, whatever they run
     try:
         chosen = _systems(systems, gguf)
         facts = read_checkpoint(checkpoint)
@@ -138,6 +142,7 @@ def main(
     way = "past the page cache" if direct else "through an emptied page cache, as O_DIRECT is refused"
     limit_text = "no memory limit" if limit_bytes is None else f"limit {format_bytes(limit_bytes)}"
     console.print(table(rows, f"{checkpoint.name}, {format_bytes(facts.total_bytes)} of weights, {limit_text}"))
+    console.print(spinning_line(), highlight=False)
     console.print(f"disk: {speed_text} in random reads of {format_bytes(facts.record_bytes)}, 4 at once, {way}")
     colour = "green" if verdict.green else "red"
     console.print(f"parity: [{colour}]{verdict.verdict}[/] {verdict.reference} {verdict.why}", highlight=False)

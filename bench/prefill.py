@@ -5,8 +5,8 @@
 
 The model is loaded twice, with every expert in memory and with the budget. Both take turns at the same prompt, and the
 disk is measured in each round, past the page cache. Reading takes at least the bytes read over that; computing takes
-what the model takes that reads nothing; a pass cannot be faster than the slower of the two. The logits must be the same
-bit for bit, or no time is given.
+what the model takes that reads nothing; a pass cannot be faster than the slower of the two. torch's threads spin as
+they do under moert's command line. The logits must be the same bit for bit, or no time is given.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from diskspeed import measure
 from make_checkpoint import write_checkpoint
 from rich.console import Console
 from rich.table import Table
+from start import spinning_line, start_with
 
-import moert  # before torch
+import moert
 from moert.errors import MoertError
+from moert.torch_threads import wanted_settings
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def main(
     except MoertError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
+    console.print(spinning_line(), highlight=False)
     colour = "green" if equal else "red"
     console.print(f"parity: [{colour}]{'equal' if equal else 'other logits'}[/] with every expert in memory")
     summary = _summary(passes, computing, disk, needed_bytes) if equal else {}
@@ -172,4 +175,5 @@ def _table(summary: dict[str, float], title: str) -> Table:
 
 
 if __name__ == "__main__":
+    start_with(wanted_settings())
     typer.run(main)

@@ -15,6 +15,7 @@ from rich.table import Table
 from systems import RESIDENT, Run
 
 from moert.config import format_bytes
+from moert.torch_threads import settings
 
 
 def _median(runs: list[Run], value: Callable[[Run], float]) -> float:
@@ -124,5 +125,6 @@ def machine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "torch_threads": settings(),
         **{package: metadata.version(package) for package in packages},
     }

@@ -133,7 +133,7 @@ def describe(spec: Spec, model: Any) -> str:
 def generate(spec: Spec, load: Callable[[Spec], Any]) -> Run:
     """Load a model and generate greedily with it, without regard to end-of-sequence tokens."""
     if spec.system in ("moert", RESIDENT):
-        import moert  # before torch, as its documentation asks
+        import moert
 
     import torch
     from transformers.utils import logging

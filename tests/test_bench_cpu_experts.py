@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -35,21 +37,26 @@ def threads_restored() -> Iterator[None]:
     cpu.set_threads(before[1])
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
+def run(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     small = ("--shapes", "tiny", "--rounds", "1", "--working-set", "2MB", "--threads", "2")
     command = [sys.executable, str(BENCH / "cpu_experts.py"), *small, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+    unset = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, env={**unset, **environment})
 
 
 def test_a_whole_benchmark(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    done = run("--batches", "1,3", "--json", str(out))
+    done = run("--batches", "1,3", "--json", str(out), OMP_DISPLAY_ENV="VERBOSE")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
     assert report["parity"] == "green"
     assert report["threads"] == 2
     assert "cpu_experts.py" in report["command"]
     assert {"cpu", "torch", "transformers", "instruction_sets"} <= report["machine"].keys()
+    assert report["machine"]["torch_threads"] == {"GOMP_SPINCOUNT": "10000"}
+    assert "for everybody: GOMP_SPINCOUNT=10000" in done.stdout
+    in_force = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)[-1:]
+    assert in_force in (["10000"], []), "that is what torch's threads have read, if their library is GNU's"
     assert [(cell["format"], cell["batch"]) for cell in report["cells"]] == [
         (form, batch) for form in ("bf16", "int8", "int4") for batch in (1, 3)
     ]
@@ -216,9 +223,12 @@ def test_bad_options_say_why(options: list[str], message: str) -> None:
 
 def test_a_masked_run_says_so(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    done = run("--systems", "torch", "--formats", "bf16", "--batches", "3", "--mask-isa", "avx2", "--json", str(out))
+    few = ("--systems", "torch", "--formats", "bf16", "--batches", "3")
+    done = run(*few, "--mask-isa", "avx2", "--json", str(out), OMP_WAIT_POLICY="passive")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(out.read_text())["mask_isa"] == "avx2"
+    report = json.loads(out.read_text())
+    assert report["mask_isa"] == "avx2"
+    assert report["machine"]["torch_threads"] == {"OMP_WAIT_POLICY": "passive"}, "the user has decided"
 
 
 def test_bytes_of_a_token_leave_out_what_it_does_not_read(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_a_whole_benchmark(tiny: Path, tmp_path: Path, systems: str) -> None:
     assert report["record_bytes"] == 3 * 64 * 32 * 2
     assert report["disk_bytes_per_s"] > 0
     assert report["parity"]["verdict"] in (("equal", "ties"))
+    assert report["machine"]["torch_threads"], "whatever the environment says, or as under moert's command line"
     runs = [outcome["run"] for one in report["rounds"] for outcome in one["outcomes"]]
     assert all(len(run["tokens"]) == 6 for run in runs)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "tiny"]

@@ -37,6 +37,7 @@ def test_a_whole_benchmark(tiny: Path, tmp_path: Path, chunk: int | None) -> Non
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["parity"] is True
+    assert report["machine"]["torch_threads"], "whatever the environment says, or as under moert's command line"
     assert len(report["passes"]) == len(report["computing"]) == len(report["disk_bytes_per_s"]) == 2
     summary = report["summary"]
     # 60 tokens that pick 8 of 16 experts miss none of them.

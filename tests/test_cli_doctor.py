@@ -20,6 +20,7 @@ from moert.config import OffloadConfig
 PARTS = [
     "expert compute",
     "dense layers",
+    "torch's threads",
     "disk reads",
     "host memory",
     "device memory",
@@ -49,7 +50,7 @@ def test_document_says_what_is_there(doctor: Callable[..., Ran], tmp_path: Path)
     assert ran.code == 0
     assert ran.err == ""
     document = ran.document
-    assert document.keys() == {"versions", "cpu", "memory", "disks", "devices", "model", "paths"}
+    assert document.keys() == {"versions", "cpu", "memory", "disks", "devices", "torch_threads", "model", "paths"}
     assert document["model"] is None
     assert document["versions"]["moert"] == moert.__version__
     assert document["versions"]["torch"] == torch.__version__
@@ -164,7 +165,7 @@ def test_what_is_no_model_is_bad_input(doctor: Callable[..., Ran], tmp_path: Pat
     assert "no-such-model" in doctor("no-such-model").error
 
 
-@pytest.mark.parametrize("part", ["cpu", "memory", "folder_disk", "devices", "versions"])
+@pytest.mark.parametrize("part", ["cpu", "memory", "folder_disk", "devices", "torch_threads", "versions"])
 def test_part_that_cannot_be_probed_says_so(
     part: str, doctor: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +266,7 @@ def machine_with(**changes: Any) -> dict[str, Any]:
         "memory": {"arena_huge_bytes": 8 << 20, "arena_bytes": 8 << 20, "huge_pages": "madvise"},
         "disks": {"cache": {"direct": True, "file_system": "ext4"}},
         "devices": {"devices": [], "why": "this build of torch has no CUDA"},
+        "torch_threads": {"count": 2, "spinning_s": 0.0003, "settings": {"GOMP_SPINCOUNT": "10000"}},
         "model": None,
         **changes,
     }
@@ -306,3 +308,19 @@ def test_paths_follow_what_was_found() -> None:
     assert "3 threads: MOERT_THREADS is 3" in paths_of(machine_with(cpu=threads))["expert compute"][1]
     unknown = machine_with(memory={"problem": "?"}, devices={"problem": "?"}, disks={"cache": {"problem": "?"}})
     assert all("could not be probed" in paths_of(unknown)[part][1] for part in ("disk reads", "host memory"))
+
+
+@pytest.mark.parametrize(
+    ("found", "path", "why"),
+    [
+        ({"count": 2, "spinning_s": 0.0082, "settings": {}}, "spin for 8.2 ms", "set GOMP_SPINCOUNT=10000"),
+        ({"count": 2, "spinning_s": 0.0003, "settings": {"GOMP_SPINCOUNT": "10000"}}, "rest 0.3 ms", "a script has to"),
+        ({"count": 2, "spinning_s": 0.0, "settings": {"OMP_WAIT_POLICY": "passive"}}, "rest 0.0 ms", "have the cores"),
+        ({"count": 1, "spinning_s": 0.0, "settings": {}}, "one", "OMP_NUM_THREADS"),
+        ({"problem": "?"}, "unknown", "could not be probed"),
+    ],
+)
+def test_what_spins_is_said_with_what_ends_it(found: dict[str, Any], path: str, why: str) -> None:
+    said = paths_of(machine_with(torch_threads=found))["torch's threads"]
+    assert path in said[0]
+    assert why in said[1]

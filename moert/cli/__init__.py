@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from moert.torch_threads import limit_spinning
+
 if TYPE_CHECKING:
     import typer
 
@@ -27,11 +29,13 @@ EXIT_INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; `arguments` default to the process's own.
 
+    As the process's own it also limits the spinning of torch's threads, unless the environment says how long they spin.
     While it runs, an interrupt (SIGINT) raises KeyboardInterrupt and warnings are printed as one line each.
     """
     if arguments is None:
         # The interpreter's last collections walk over all that torch and transformers made: a second, for nothing.
         atexit.register(gc.freeze)
+        limit_spinning()
     given = list(sys.argv[1:] if arguments is None else arguments)
     with _interruptible() as was_interrupted:
         try:

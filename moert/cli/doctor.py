@@ -92,6 +92,7 @@ def examine(name: str | None, options: LoadOptions) -> dict[str, Any]:
         "memory": memory,
         "disks": disks,
         "devices": probes.probe(probes.devices),
+        "torch_threads": probes.probe(probes.torch_threads),
         "model": checkpoint,
     }
     document["paths"] = choose_paths(document, options.offload)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from moert.config import OffloadConfig, format_bytes
+from moert.torch_threads import SPIN_COUNT
+
+LONG_SPINNING_S = 0.001
+"""Several times what `SPIN_COUNT` comes to."""
 
 _NATIVE = {"bfloat16": ("amx_bf16", "avx512_bf16"), "float16": ("avx512_fp16",)}
 
@@ -14,6 +18,7 @@ def choose_paths(document: dict[str, Any], config: OffloadConfig) -> list[dict[s
     rows = [
         ("expert compute", *_compute(document)),
         ("dense layers", *_dense(document, config)),
+        ("torch's threads", *_torch_threads(document["torch_threads"])),
         ("disk reads", *_reads(document, config)),
         ("host memory", *_arena(document)),
         ("device memory", *_device(document)),
@@ -59,6 +64,19 @@ def _dense(document: dict[str, Any], config: OffloadConfig) -> tuple[str, str]:
         return f"torch CPU kernels in {dtype}", "--no-dense-kernels asks for it"
     why = "--dense-kernels asks for it" if config.dense_kernels else "if all of the model is on the CPU"
     return f"as the experts, in {dtype}; torch's where gradients are needed", why
+
+
+def _torch_threads(found: dict[str, Any]) -> tuple[str, str]:
+    if "problem" in found:
+        return "unknown", f"they could not be probed: {found['problem']}"
+    if found["count"] == 1:
+        return "one, which never spins", "OMP_NUM_THREADS, or the cores that this process may use"
+    after = f"{1e3 * found['spinning_s']:.1f} ms after an operation"
+    if found["spinning_s"] > LONG_SPINNING_S:
+        return f"spin for {after}", f"on cores that moert computes with: set GOMP_SPINCOUNT={SPIN_COUNT}"
+    if found["settings"] == {"GOMP_SPINCOUNT": str(SPIN_COUNT)}:
+        return f"rest {after}", f"GOMP_SPINCOUNT={SPIN_COUNT}: moert's commands set it, a script has to be given it"
+    return f"rest {after}", "moert's own threads have the cores"
 
 
 def _reads(document: dict[str, Any], config: OffloadConfig) -> tuple[str, str]:

@@ -229,6 +229,15 @@ def devices() -> Finding:
     return {"devices": found, "why": None}
 
 
+def torch_threads() -> Finding:
+    """How many threads torch has, how long they spin after an operation, and what the environment says of it."""
+    import torch
+
+    from moert.torch_threads import settings, spinning_s
+
+    return {"count": torch.get_num_threads(), "spinning_s": spinning_s(), "settings": settings()}
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
