@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import TYPE_CHECKING
 
 from moert.errors import (
@@ -19,14 +17,12 @@ from moert.errors import (
     TransferError,
     UnsupportedModelError,
 )
+from moert.torch_threads import limit_spinning
 
 if TYPE_CHECKING:
     from moert.api import OffloadConfig, close, follow, hint, load, patch, record, reset_stats, resize, stats, unpatch
 
-if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-    # torch's threads spin for milliseconds after each operation, on the cores that moert's compute with; this leaves
-    # them microseconds. Their library reads it once, when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+limit_spinning()
 
 __version__ = "0.1.0"
 

@@ -6,14 +6,13 @@ layers take 190 ms on two cores instead of 118, 256 tokens 366 instead of 302. `
 millisecond, by which torch loses nothing; with a tenth of them its own operations take a fifth longer, as its threads
 have to be woken more often.
 
-The library reads its settings once, when torch is imported. The command line makes them; `import moert` does not, as
-the environment is the process's, and of all that it starts.
+The library reads its settings once, when torch is imported. `import moert` makes them where it comes before that, and
+so does the command line; the processes that this one starts inherit them.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import sys
 import time
 
@@ -45,6 +44,8 @@ def spinning_s() -> float:
 
     The median of a few measurements of all CPU time of the process; blocks for 0.1 s.
     """
+    import statistics
+
     import torch
 
     threads = torch.get_num_threads()

@@ -314,7 +314,7 @@ def test_paths_follow_what_was_found() -> None:
     ("found", "path", "why"),
     [
         ({"count": 2, "spinning_s": 0.0082, "settings": {}}, "spin for 8.2 ms", "set GOMP_SPINCOUNT=10000"),
-        ({"count": 2, "spinning_s": 0.0003, "settings": {"GOMP_SPINCOUNT": "10000"}}, "rest 0.3 ms", "a script has to"),
+        ({"count": 2, "spinning_s": 0.0003, "settings": {"GOMP_SPINCOUNT": "10000"}}, "rest 0.3 ms", "imported before"),
         ({"count": 2, "spinning_s": 0.0, "settings": {"OMP_WAIT_POLICY": "passive"}}, "rest 0.0 ms", "have the cores"),
         ({"count": 1, "spinning_s": 0.0, "settings": {}}, "one", "OMP_NUM_THREADS"),
         ({"problem": "?"}, "unknown", "could not be probed"),

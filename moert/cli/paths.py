@@ -75,7 +75,7 @@ def _torch_threads(found: dict[str, Any]) -> tuple[str, str]:
     if found["spinning_s"] > LONG_SPINNING_S:
         return f"spin for {after}", f"on cores that moert computes with: set GOMP_SPINCOUNT={SPIN_COUNT}"
     if found["settings"] == {"GOMP_SPINCOUNT": str(SPIN_COUNT)}:
-        return f"rest {after}", f"GOMP_SPINCOUNT={SPIN_COUNT}: moert's commands set it, a script has to be given it"
+        return f"rest {after}", f"GOMP_SPINCOUNT={SPIN_COUNT}: moert sets it where it is imported before torch"
     return f"rest {after}", "moert's own threads have the cores"
 
 
