@@ -14,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Models as small as these gain nothing by more, and where several processes test, torch's threads spend most of their
 # time waiting for one another. Read when torch is imported, and by what tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Else MKL, on AMD's processors, gives other bits where a tensor lies elsewhere, and torch is compared with itself to
+# the bit: a model with what has been saved and read again.
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 # Where lines break is no matter of the terminal in which the tests run.
 os.environ["COLUMNS"] = "80"
 
