@@ -101,9 +101,14 @@ class LayerCache(ABC):
         """`fused_expert` of several."""
         return [self.fused_expert(expert.expert) for expert in experts]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every expert is resident."""
+        return len(self.residency) >= self.spec.num_experts
+
     def table(self) -> ExpertTable | None:
         """All experts for the layer's fused kernels, as long as all are resident; valid until one is evicted."""
-        if self.spec.fused is None or len(self.residency) < self.spec.num_experts:
+        if self.spec.fused is None or not self.is_complete:
             self._table = None
         elif self._table is None:
             self._table = ExpertTable(self.spec.fused.ffn, self.fused_experts(self.ids))

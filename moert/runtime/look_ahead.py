@@ -200,8 +200,7 @@ class LookAhead:
 
     def _is_complete(self, layer: int) -> bool:
         """Whether there is nothing to bring up: predicting costs time too."""
-        cache = self._layers[layer]
-        return len(cache.residency) >= cache.spec.num_experts
+        return self._layers[layer].is_complete
 
     def _idle_until(self, layer: int, later: int) -> float | None:
         """Seconds in which nobody waits for the link, between the events of two layers; None: unknown."""

@@ -195,7 +195,7 @@ class OffloadRuntime(UsedAlone):
     def is_complete(self) -> bool:
         """Whether every expert is resident, so that `run_ahead` may take all layers; asked at any time, without waiting
         for another use."""
-        return self._torn or all(len(layer.residency) >= layer.spec.num_experts for layer in self.layers)
+        return self._torn or all(layer.is_complete for layer in self.layers)
 
     @whole
     def note_ahead(self, layers: Sequence[tuple[int, list[int], float]]) -> None:
