@@ -29,12 +29,14 @@ class RowTable:
     pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["named"])
 def _kernel(
     numbers_ptr: tl.tensor,
     sources_ptr: tl.tensor,
     destinations_ptr: tl.tensor,
     count_ptr: tl.tensor,
+    row_of_ptr: tl.tensor,
+    named: tl.tensor,
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -53,6 +55,9 @@ def _kernel(
         row = piece // pieces
         place = (piece - row * pieces) * BLOCK + tl.arange(0, BLOCK)
         source_row = tl.load(sources_ptr + row).to(tl.int64)
+        if row_of_ptr is not None:
+            is_named = (source_row >= 0) & (source_row < named)
+            source_row = tl.load(row_of_ptr + source_row, mask=is_named, other=-1).to(tl.int64)
         destination_row = tl.load(destinations_ptr + row).to(tl.int64)
         known = (source_row >= 0) & (source_row < source_rows)
         known = known & (destination_row >= 0) & (destination_row < destination_rows)
@@ -122,7 +127,13 @@ def row_table(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.
 
 
 def copy_rows(
-    table: RowTable, sources: torch.Tensor, destinations: torch.Tensor, count: torch.Tensor, *, programs: int = PROGRAMS
+    table: RowTable,
+    sources: torch.Tensor,
+    destinations: torch.Tensor,
+    count: torch.Tensor,
+    *,
+    row_of: torch.Tensor | None = None,
+    programs: int = PROGRAMS,
 ) -> None:
     """Copy row `sources[i]` of every source to row `destinations[i]` of its destination, for each i below `count`.
 
@@ -136,21 +147,29 @@ def copy_rows(
         table: of the tensors.
         sources, destinations: int32 [M] on the device.
         count: int32 [1] on the device, at most M.
+        row_of: int32 [E] on the device: `sources` are numbers of experts, and these are their rows, -1 for none.
         programs: how many share each tensor's rows.
 
     Raises:
         ValueError: shapes, dtypes, devices or layouts that do not fit.
         KernelUnavailableError: the device cannot run it.
     """
-    _launch(table, sources, destinations, count, programs).run(table.numbers.device)
+    _launch(table, sources, destinations, count, row_of, programs).run(table.numbers.device)
 
 
 def _launch(
-    table: RowTable, sources: torch.Tensor, destinations: torch.Tensor, count: torch.Tensor, programs: int
+    table: RowTable,
+    sources: torch.Tensor,
+    destinations: torch.Tensor,
+    count: torch.Tensor,
+    row_of: torch.Tensor | None,
+    programs: int,
 ) -> Launch:
     device = table.numbers.device
     for name, tensor in (("sources", sources), ("destinations", destinations), ("count", count)):
         check_tensor(name, tensor, 1, (torch.int32,), device)
+    if row_of is not None:
+        check_tensor("row_of", row_of, 1, (torch.int32,), device)
     if sources.shape != destinations.shape or count.numel() != 1:
         raise ValueError(
             f"{sources.numel()} sources, {destinations.numel()} destinations and {count.numel()} counts: the first two "
@@ -163,6 +182,8 @@ def _launch(
         "sources_ptr": sources,
         "destinations_ptr": destinations,
         "count_ptr": count,
+        "row_of_ptr": row_of,
+        "named": 0 if row_of is None else row_of.numel(),
         "PROGRAMS": programs,
         "BLOCK": _BLOCK_BYTES // 4,
     }
@@ -174,5 +195,12 @@ def compile_specs(capability: int) -> list[CompileSpec]:
     rows = torch.empty(4, 64, dtype=torch.int32, device="meta")
     lists = torch.empty(8, dtype=torch.int32, device="meta")
     count = torch.empty(1, dtype=torch.int32, device="meta")
-    launch = _launch(row_table([(rows, rows)], "meta"), lists, lists, count, PROGRAMS)
-    return [CompileSpec("copy_rows", launch, needs=("load128",))]
+    table = row_table([(rows, rows)], "meta")
+    return [
+        CompileSpec(
+            "copy_rows[named]" if named else "copy_rows",
+            _launch(table, lists, lists, count, lists if named else None, PROGRAMS),
+            needs=("load128",),
+        )
+        for named in (False, True)
+    ]

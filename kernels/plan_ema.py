@@ -39,11 +39,23 @@ class EmaState:
     """fp64 [3]: 1 - alpha, alpha and burst."""
 
 
-def new_ema(experts: int, slots: int, device: torch.device | str, alpha: float = 0.03, burst: float = 0.68) -> EmaState:
+def new_ema(
+    experts: int,
+    slots: int,
+    device: torch.device | str,
+    alpha: float = 0.03,
+    burst: float = 0.68,
+    *,
+    rows: torch.Tensor | None = None,
+    log: torch.Tensor | None = None,
+) -> EmaState:
     """An empty cache of a layer on a device.
 
+    Args:
+        rows, log: as in `Residents`.
+
     Raises:
-        ValueError: not 1 to 8192 of each.
+        ValueError: not 1 to 8192 of each; rows or a log that do not fit.
         ConfigError: alpha or burst is not between 0 and 1.
     """
     if not 0 < alpha < 1:
@@ -51,7 +63,7 @@ def new_ema(experts: int, slots: int, device: torch.device | str, alpha: float =
     if not 0 <= burst < 1:
         raise ConfigError(f"burst={burst} must be at least 0 and below 1")
     return EmaState(
-        new_residents(experts, slots, device),
+        new_residents(experts, slots, device, rows, log),
         torch.zeros(experts, dtype=torch.float64, device=device),
         torch.zeros(experts, dtype=torch.float64, device=device),
         torch.zeros(experts, dtype=torch.int64, device=device),
@@ -70,6 +82,8 @@ def _kernel(
     rates_ptr: tl.tensor,
     marks_ptr: tl.tensor,
     counters_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    log_ptr: tl.tensor,
     out_experts_ptr: tl.tensor,
     out_slots_ptr: tl.tensor,
     out_victims_ptr: tl.tensor,
@@ -78,6 +92,7 @@ def _kernel(
     count: tl.tensor,
     experts: tl.tensor,
     slots: tl.tensor,
+    LOGGED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -85,13 +100,14 @@ def _kernel(
 ) -> None:
     event = tl.load(counters_ptr) + 1
     uses = tl.load(counters_ptr + 1)
-    wanted = event_experts(ids_ptr, marks_ptr, event, count, experts, BLOCK_R, BLOCK_E)
+    wanted = event_experts(ids_ptr, marks_ptr, log_ptr, event, count, experts, LOGGED, BLOCK_R, BLOCK_E)
     e = tl.arange(0, BLOCK_E)
     slot_of = tl.load(slot_of_ptr + e, mask=wanted, other=-1)
     missed = wanted & (slot_of < 0)
     size = tl.sum(wanted.to(tl.int32), axis=0)
     misses = tl.sum(missed.to(tl.int32), axis=0)
     tl.store(counters_ptr, event)
+    tl.store(counters_ptr + 2, tl.load(counters_ptr + 2) + misses)
     tl.store(out_count_ptr, misses)
     # An event without experts is none, for the policy too.
     if size > 0:
@@ -145,6 +161,7 @@ def _kernel(
             slot,
             victim,
             place,
+            rows_ptr,
             slot_of_ptr,
             owner_ptr,
             out_experts_ptr,
@@ -198,10 +215,11 @@ def _launch(state: EmaState, ids: torch.Tensor, passing: bool = False) -> tuple[
 def compile_specs(capability: int) -> list[CompileSpec]:
     """What the compile check compiles for a compute capability."""
     ids = torch.empty(8, 8, dtype=torch.int64, device="meta")
+    rows, log = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((96,), (64, 64)))
     return [
         CompileSpec(
             f"plan_ema[{experts},{slots}{',passing' * passing}]",
             _launch(new_ema(experts, slots, "meta"), ids, passing)[0],
         )
         for experts, slots, passing in ((128, 96, False), (512, 512, False), (128, 96, True))
-    ]
+    ] + [CompileSpec("plan_ema[128,96,rows]", _launch(new_ema(128, 96, "meta", rows=rows, log=log), ids)[0])]

@@ -17,6 +17,7 @@ from moert.kernels.planning import (
     new_plan,
     new_residents,
     plan_arguments,
+    row_of,
 )
 
 
@@ -26,16 +27,29 @@ class LruState:
 
     residents: Residents
     stamps: torch.Tensor
-    """int64 [S]: the number of the last use of what is in each slot."""
+    """int64 [S]: the number of the last use of what is in each slot. Longer where slots are rows of a bank: by row."""
 
 
-def new_lru(experts: int, slots: int, device: torch.device | str) -> LruState:
+def new_lru(
+    experts: int,
+    slots: int,
+    device: torch.device | str,
+    rows: torch.Tensor | None = None,
+    log: torch.Tensor | None = None,
+    n_rows: int | None = None,
+) -> LruState:
     """An empty cache of a layer on a device.
 
+    Args:
+        rows, log: as in `Residents`; `n_rows` is above all rows.
+
     Raises:
-        ValueError: not 1 to 8192 of each.
+        ValueError: not 1 to 8192 of each; rows or a log that do not fit.
     """
-    return LruState(new_residents(experts, slots, device), torch.zeros(slots, dtype=torch.int64, device=device))
+    size = slots if rows is None or n_rows is None else n_rows
+    return LruState(
+        new_residents(experts, slots, device, rows, log), torch.zeros(size, dtype=torch.int64, device=device)
+    )
 
 
 @triton.jit(do_not_specialize=["count", "experts", "slots"])
@@ -46,6 +60,8 @@ def _kernel(
     stamps_ptr: tl.tensor,
     marks_ptr: tl.tensor,
     counters_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    log_ptr: tl.tensor,
     out_experts_ptr: tl.tensor,
     out_slots_ptr: tl.tensor,
     out_victims_ptr: tl.tensor,
@@ -54,13 +70,14 @@ def _kernel(
     count: tl.tensor,
     experts: tl.tensor,
     slots: tl.tensor,
+    LOGGED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
     event = tl.load(counters_ptr) + 1
     uses = tl.load(counters_ptr + 1)
-    wanted = event_experts(ids_ptr, marks_ptr, event, count, experts, BLOCK_R, BLOCK_E)
+    wanted = event_experts(ids_ptr, marks_ptr, log_ptr, event, count, experts, LOGGED, BLOCK_R, BLOCK_E)
     e = tl.arange(0, BLOCK_E)
     slot_of = tl.load(slot_of_ptr + e, mask=wanted, other=-1)
     hit = wanted & (slot_of >= 0)
@@ -69,6 +86,7 @@ def _kernel(
     misses = tl.sum(missed.to(tl.int32), axis=0)
     tl.store(counters_ptr, event)
     tl.store(counters_ptr + 1, uses + hits + misses)
+    tl.store(counters_ptr + 2, tl.load(counters_ptr + 2) + misses)
     tl.store(out_count_ptr, misses)
     rank = tl.cumsum(hit.to(tl.int32), axis=0) - 1
     tl.store(stamps_ptr + slot_of, uses + rank, mask=hit)
@@ -76,7 +94,10 @@ def _kernel(
     s = tl.arange(0, BLOCK_S)
     owner = tl.load(owner_ptr + s, mask=s < slots, other=-1)
     # Free slots first. The event's own experts are younger than all others, so they are reached when no other is left.
-    age = tl.load(stamps_ptr + s, mask=s < slots, other=0)
+    rows = s
+    if rows_ptr is not None:
+        rows = tl.load(rows_ptr + s, mask=s < slots, other=0)
+    age = tl.load(stamps_ptr + rows, mask=s < slots, other=0)
     if out_rounds_ptr is not None:
         next_round = ((owner >= 0) & (age >= uses)).to(tl.int32)
     age = tl.where(owner < 0, s.to(tl.int64) - (1 << 62), age)
@@ -87,7 +108,7 @@ def _kernel(
         victim = tl.sum(tl.where(s == slot, owner, 0), axis=0)
         expert = tl.min(tl.where(missed & (e > expert), e, BLOCK_E), axis=0)
         age = tl.where(s == slot, uses + hits + place, age)
-        tl.store(stamps_ptr + slot, uses + hits + place)
+        tl.store(stamps_ptr + row_of(slot, rows_ptr), uses + hits + place)
         if out_rounds_ptr is not None:
             tl.store(out_rounds_ptr + place, tl.sum(tl.where(s == slot, next_round, 0), axis=0))
             next_round += (s == slot).to(tl.int32)
@@ -97,6 +118,7 @@ def _kernel(
             slot,
             victim,
             place,
+            rows_ptr,
             slot_of_ptr,
             owner_ptr,
             out_experts_ptr,
@@ -141,10 +163,11 @@ def _launch(state: LruState, ids: torch.Tensor, passing: bool = False) -> tuple[
 def compile_specs(capability: int) -> list[CompileSpec]:
     """What the compile check compiles for a compute capability."""
     ids = torch.empty(8, 8, dtype=torch.int64, device="meta")
+    rows, log = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((96,), (64, 64)))
     return [
         CompileSpec(
             f"plan_lru[{experts},{slots}{',passing' * passing}]",
             _launch(new_lru(experts, slots, "meta"), ids, passing)[0],
         )
         for experts, slots, passing in ((128, 96, False), (8192, 4096, False), (128, 96, True))
-    ]
+    ] + [CompileSpec("plan_lru[128,96,rows]", _launch(new_lru(128, 96, "meta", rows, log, 512), ids)[0])]

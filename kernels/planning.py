@@ -17,13 +17,18 @@ class Residents:
     """Which experts of a layer have a slot; on the device, changed in place by the planner that it is given to."""
 
     slot_of: torch.Tensor
-    """int32 [E]: the slot of each expert, -1 for none. What the other kernels take."""
+    """int32 [E]: the row of the slot of each expert, -1 for none. What the other kernels take."""
     owner: torch.Tensor
     """int32 [S]: the expert in each slot, -1 for none."""
     marks: torch.Tensor
     """int64 [E]: the last event that each expert was in."""
     counters: torch.Tensor
-    """int64 [2]: events so far, and uses of experts so far."""
+    """int64 [3]: events so far, uses of experts so far, and how many of those were misses."""
+    rows: torch.Tensor | None = None
+    """int32 [S]: which row of a bank each slot is, where it shares that with others; None: the row of its number."""
+    log: torch.Tensor | None = None
+    """int32 [N, R]: the R ids of each of the last N events, event number n (counted from 1) in row n % N; None: nobody
+    wants to know."""
 
     @property
     def experts(self) -> int:
@@ -46,7 +51,7 @@ class Plan:
     experts: torch.Tensor
     """int32 [M], those that come, ascending. With `slots` and `count` what `copy_rows` takes."""
     slots: torch.Tensor
-    """int32 [M], where to."""
+    """int32 [M], the rows where to."""
     victims: torch.Tensor
     """int32 [M], the experts that leave those slots, -1 where a slot was free."""
     count: torch.Tensor
@@ -56,19 +61,34 @@ class Plan:
     computed. None: all are of round 0."""
 
 
-def new_residents(experts: int, slots: int, device: torch.device | str) -> Residents:
+def new_residents(
+    experts: int,
+    slots: int,
+    device: torch.device | str,
+    rows: torch.Tensor | None = None,
+    log: torch.Tensor | None = None,
+) -> Residents:
     """None so far.
 
     Raises:
-        ValueError: not at least one of each, or more than a program can hold.
+        ValueError: not at least one of each, or more than a program can hold; rows or a log that do not fit.
     """
     if not (1 <= experts <= MOST and 1 <= slots <= MOST):
         raise ValueError(f"{experts} experts and {slots} slots: planners take 1 to {MOST} of each")
+    device = torch.device(device)
+    if rows is not None:
+        check_tensor("rows", rows, 1, (torch.int32,), device)
+        if rows.numel() != slots:
+            raise ValueError(f"{rows.numel()} rows for {slots} slots: each slot is one row")
+    if log is not None:
+        check_tensor("log", log, 2, (torch.int32,), device)
     return Residents(
         torch.full((experts,), -1, dtype=torch.int32, device=device),
         torch.full((slots,), -1, dtype=torch.int32, device=device),
         torch.zeros(experts, dtype=torch.int64, device=device),
-        torch.zeros(2, dtype=torch.int64, device=device),
+        torch.zeros(3, dtype=torch.int64, device=device),
+        rows,
+        log,
     )
 
 
@@ -80,10 +100,12 @@ def new_plan(residents: Residents, ids: torch.Tensor, passing: bool) -> Plan:
     """Room for the misses of an event, once its ids are checked; with rounds if `passing`.
 
     Raises:
-        ValueError: ids of the wrong dtype, layout or device, or of more experts than there are slots, perhaps, and not
-            `passing`.
+        ValueError: ids of the wrong dtype, layout or device, not as many as the log takes, or of more experts than there
+            are slots, perhaps, and not `passing`.
     """
     check_tensor("ids", ids, 2, (torch.int32, torch.int64), residents.slot_of.device)
+    if residents.log is not None and ids.numel() != residents.log.shape[1]:
+        raise ValueError(f"ids {list(ids.shape)} do not fit into a log of {residents.log.shape[1]} ids an event")
     most = min(ids.numel(), residents.experts)
     if most > residents.slots and not passing:
         raise ValueError(
@@ -106,6 +128,8 @@ def plan_arguments(residents: Residents, plan: Plan, ids: torch.Tensor) -> dict[
         "owner_ptr": residents.owner,
         "marks_ptr": residents.marks,
         "counters_ptr": residents.counters,
+        "rows_ptr": residents.rows,
+        "log_ptr": residents.log,
         "out_experts_ptr": plan.experts,
         "out_slots_ptr": plan.slots,
         "out_victims_ptr": plan.victims,
@@ -114,6 +138,7 @@ def plan_arguments(residents: Residents, plan: Plan, ids: torch.Tensor) -> dict[
         "count": ids.numel(),
         "experts": residents.experts,
         "slots": residents.slots,
+        "LOGGED": 0 if residents.log is None else residents.log.shape[0],
         "BLOCK_R": min(1024, power_of_2_from(ids.numel())),
         "BLOCK_E": power_of_2_from(residents.experts),
         "BLOCK_S": power_of_2_from(residents.slots),
@@ -124,21 +149,34 @@ def plan_arguments(residents: Residents, plan: Plan, ids: torch.Tensor) -> dict[
 def event_experts(
     ids_ptr: tl.tensor,
     marks_ptr: tl.tensor,
+    log_ptr: tl.tensor,
     event: tl.tensor,
     count: tl.tensor,
     experts: tl.tensor,
+    LOGGED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ) -> tl.tensor:
-    """Mark the experts among the ids with the number of their event; bool [BLOCK_E], which they are."""
+    """Mark the experts among the ids with the number of their event, and log them; bool [BLOCK_E], which they are."""
     for begin in range(0, count, BLOCK_R):
         place = begin + tl.arange(0, BLOCK_R)
         ids = tl.load(ids_ptr + place, mask=place < count, other=-1)
         # The same number from everyone, however often an id is there.
         tl.store(marks_ptr + ids, event + tl.zeros((BLOCK_R,), tl.int64), mask=(ids >= 0) & (ids < experts))
+        if log_ptr is not None:
+            tl.store(log_ptr + event % LOGGED * count + place, ids.to(tl.int32), mask=place < count)
     tl.debug_barrier()
     e = tl.arange(0, BLOCK_E)
     return tl.load(marks_ptr + e, mask=e < experts, other=0) == event
+
+
+@triton.jit
+def row_of(slot: tl.tensor, rows_ptr: tl.tensor) -> tl.tensor:
+    """The row that a slot is."""
+    if rows_ptr is None:
+        return slot
+    else:
+        return tl.load(rows_ptr + slot)
 
 
 @triton.jit
@@ -147,6 +185,7 @@ def move_in(
     slot: tl.tensor,
     victim: tl.tensor,
     place: tl.tensor,
+    rows_ptr: tl.tensor,
     slot_of_ptr: tl.tensor,
     owner_ptr: tl.tensor,
     out_experts_ptr: tl.tensor,
@@ -154,9 +193,10 @@ def move_in(
     out_victims_ptr: tl.tensor,
 ) -> None:
     """Give a slot to an expert and write that down as number `place` of the plan."""
+    row = row_of(slot, rows_ptr)
     tl.store(slot_of_ptr + victim, -1, mask=victim >= 0)
-    tl.store(slot_of_ptr + expert, slot)
+    tl.store(slot_of_ptr + expert, row)
     tl.store(owner_ptr + slot, expert)
     tl.store(out_experts_ptr + place, expert)
-    tl.store(out_slots_ptr + place, slot)
+    tl.store(out_slots_ptr + place, row)
     tl.store(out_victims_ptr + place, victim)

@@ -48,6 +48,18 @@ def test_rows_that_are_not_there_are_passed_over() -> None:
     assert destination[0, 0] == -1
 
 
+def test_experts_that_lie_elsewhere_than_their_number_says() -> None:
+    source = host(torch.arange(32, dtype=torch.int32).view(4, 8))
+    destination = torch.full((5, 8), -1, dtype=torch.int32, device=DEVICE)
+    table = row_table([(source, destination)], DEVICE)
+    # Expert 1 is in no row, 7 is none, -2 neither.
+    where = numbers(3, -1, 0, 2)
+    copy_rows(table, numbers(0, 1, 2, 7, -2), numbers(4, 3, 0, 1, 2), numbers(5), row_of=where, programs=2)
+    wanted = torch.full((5, 8), -1, dtype=torch.int32)
+    wanted[4], wanted[0] = source[3], source[0]
+    assert torch.equal(destination.cpu(), wanted)
+
+
 def test_what_a_planner_decides_is_fetched() -> None:
     torch.manual_seed(1)
     experts, slots = 9, 4

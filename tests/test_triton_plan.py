@@ -35,11 +35,11 @@ class Host:
         return [miss.expert for miss in misses], [victim.expert for victim in victims]
 
 
-def planner(name: str, experts: int, slots: int) -> tuple[Any, Any]:
+def planner(name: str, experts: int, slots: int, **tables: Any) -> tuple[Any, Any]:
     if name == "lru":
-        return plan_lru, new_lru(experts, slots, DEVICE)
+        return plan_lru, new_lru(experts, slots, DEVICE, **tables)
     parameters = {key: float(value) for key, _, value in (part.partition("=") for part in name.split(",")[1:])}
-    return plan_ema, new_ema(experts, slots, DEVICE, **parameters)
+    return plan_ema, new_ema(experts, slots, DEVICE, **parameters, **tables)
 
 
 def listed(plan: Plan) -> tuple[list[int], list[int], list[int]]:
@@ -90,6 +90,44 @@ def test_experts_of_the_same_events_leave_by_last_use_and_id() -> None:
             misses, victims = host.step(ids)
             came, _, left = listed(plan(state, ids.to(DEVICE)))
             assert (came, [victim for victim in left if victim >= 0]) == (misses, victims), (name, event)
+
+
+@pytest.mark.parametrize("name", ["lru", "ema"])
+@pytest.mark.parametrize("passing", [False, True])
+def test_slots_that_are_rows_of_a_bank_of_many(name: str, passing: bool) -> None:
+    torch.manual_seed(3)
+    experts, slots, rows = 14, 6, torch.tensor([9, 2, 30, 4, 17, 0], dtype=torch.int32, device=DEVICE)
+    plan, plain = planner(name, experts, slots)
+    _, state = planner(name, experts, slots, rows=rows, **({"n_rows": 31} if name == "lru" else {}))
+    came_after_hits = 0
+    for _ in range(24):
+        ids = torch.randperm(experts)[: 10 if passing else 3].view(1, -1).to(DEVICE)
+        wanted, got = plan(plain, ids, passing=passing), plan(state, ids, passing=passing)
+        came, taken, left = listed(wanted)
+        assert listed(got) == (came, [int(rows[slot]) for slot in taken], left)
+        assert torch.equal(got.rounds[: len(came)], wanted.rounds[: len(came)]) if passing else got.rounds is None
+        assert torch.equal(state.residents.owner, plain.residents.owner)
+        for expert, slot in enumerate(plain.residents.slot_of.tolist()):
+            assert int(state.residents.slot_of[expert]) == (-1 if slot < 0 else int(rows[slot]))
+        came_after_hits += 0 < len(came) < ids.numel()
+    assert came_after_hits > 5
+
+
+@pytest.mark.parametrize("name", ["lru", "ema"])
+def test_the_last_events_are_logged_and_misses_counted(name: str) -> None:
+    log = torch.full((4, 6), -9, dtype=torch.int32, device=DEVICE)
+    plan, state = planner(name, 8, 8, log=log)
+    events, misses = [], 0
+    for number in range(1, 11):
+        ids = torch.randint(-1, 9, (2, 3), generator=torch.Generator().manual_seed(number), dtype=torch.int64)
+        misses += int(plan(state, ids.to(DEVICE)).count)
+        events.append(ids)
+        for back, event in enumerate(reversed(events[-4:])):
+            assert log[(number - back) % 4].tolist() == event.flatten().tolist()
+    uses = sum(len({e for e in event.flatten().tolist() if 0 <= e < 8}) for event in events)
+    assert state.residents.counters.tolist() == [10, uses, misses]
+    with pytest.raises(ValueError, match=r"ids \[1, 3\] do not fit into a log of 6"):
+        plan(state, torch.zeros(1, 3, dtype=torch.int64, device=DEVICE))
 
 
 def check_rounds(
@@ -147,7 +185,9 @@ def test_events_larger_than_the_cache_pass_through_it(name: str, experts: int, s
 def test_an_event_that_may_be_larger_than_the_cache_is_refused_unless_it_may_pass(name: str) -> None:
     plan, state = planner(name, 8, 3)
     plan(state, torch.tensor([[0, 1]], device=DEVICE))
-    tensors = [*vars(state.residents).values(), *(v for v in vars(state).values() if isinstance(v, torch.Tensor))]
+    tensors = [
+        v for v in (*vars(state.residents).values(), *vars(state).values()) if isinstance(v, torch.Tensor)
+    ]
     before = [tensor.clone() for tensor in tensors]
     with pytest.raises(ValueError, match=r"ids \[2, 2\] may be of 4 of 8 experts, and there are 3 slots"):
         plan(state, torch.tensor([[0, 5], [5, 7]], device=DEVICE))
@@ -181,6 +221,10 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             plan_lru(state, ids)
+    with pytest.raises(ValueError, match="3 rows for 4 slots"):
+        new_lru(5, 4, DEVICE, rows=torch.zeros(3, dtype=torch.int32, device=DEVICE))
+    with pytest.raises(ValueError, match="log must be torch.int32"):
+        new_ema(5, 4, DEVICE, log=torch.zeros(3, 2, dtype=torch.int64, device=DEVICE))
     with pytest.raises(ValueError, match="0 slots"):
         new_lru(4, 0, DEVICE)
     with pytest.raises(ConfigError, match="alpha=1"):
