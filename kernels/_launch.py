@@ -11,6 +11,7 @@ import torch
 from triton.runtime import JITFunction
 
 from moert.errors import KernelUnavailableError
+from moert.kernels import launching
 
 OLDEST_CAPABILITY = (8, 0)
 """Before it there are no bf16 and no asynchronous copies."""
@@ -40,7 +41,10 @@ class Launch:
             with torch.cuda.device(device):
                 self.kernel[self.grid](**self.arguments, **self.options)
         else:
-            self.kernel[self.grid](**self.arguments, **self.options)
+            launching.launch(
+                (each for each in self.arguments.values() if isinstance(each, torch.Tensor)),
+                lambda: self.kernel[self.grid](**self.arguments, **self.options),
+            )
 
 
 @dataclass(frozen=True, eq=False)

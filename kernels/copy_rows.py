@@ -21,22 +21,23 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True, eq=False)
 class RowTable:
-    """Where rows are and go, on the device; made by `row_table`. Keeps the tensors alive."""
+    """Where rows are and go, on the device; made by `row_table` or `scattered_table`. Keeps the tensors alive."""
 
     numbers: torch.Tensor
     """int64 [P, 7]: source and destination address, bytes from one row to the next in either, bytes of a row, rows in
     either."""
     pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    addresses: torch.Tensor | None = None
+    """int64 [P, rows]: where each row of a source is, 0 if it is nowhere; None: as `numbers` says."""
 
 
-@triton.jit(do_not_specialize=["named"])
+@triton.jit
 def _kernel(
     numbers_ptr: tl.tensor,
     sources_ptr: tl.tensor,
     destinations_ptr: tl.tensor,
     count_ptr: tl.tensor,
-    row_of_ptr: tl.tensor,
-    named: tl.tensor,
+    addresses_ptr: tl.tensor,
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -55,14 +56,17 @@ def _kernel(
         row = piece // pieces
         place = (piece - row * pieces) * BLOCK + tl.arange(0, BLOCK)
         source_row = tl.load(sources_ptr + row).to(tl.int64)
-        if row_of_ptr is not None:
-            is_named = (source_row >= 0) & (source_row < named)
-            source_row = tl.load(row_of_ptr + source_row, mask=is_named, other=-1).to(tl.int64)
         destination_row = tl.load(destinations_ptr + row).to(tl.int64)
         known = (source_row >= 0) & (source_row < source_rows)
         known = known & (destination_row >= 0) & (destination_row < destination_rows)
+        if addresses_ptr is None:
+            begin = source + source_row * source_step
+        else:
+            address = tl.load(addresses_ptr + pair * source_rows + source_row, mask=known, other=0)
+            known = known & (address != 0)
+            begin = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
         mask = (place < words) & known
-        values = tl.load(source + source_row * source_step + place, mask=mask, eviction_policy="evict_first")
+        values = tl.load(begin + place, mask=mask, eviction_policy="evict_first")
         tl.store(destination + destination_row * destination_step + place, values, mask=mask)
 
 
@@ -126,13 +130,54 @@ def row_table(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.
     return RowTable(torch.tensor(numbers, dtype=torch.int64).to(device), tuple(pairs))
 
 
+def scattered_table(
+    sources: Sequence[Sequence[torch.Tensor | None]],
+    destinations: Sequence[torch.Tensor],
+    device: torch.device | str,
+) -> RowTable:
+    """As `row_table`, where each row of a source is a tensor of its own, or is not there. Waits for the device.
+
+    Args:
+        sources: the rows for each of `destinations`, contiguous, in memory that kernels on the device can read, which
+            is not checked. Their addresses and sizes are multiples of 16 bytes.
+        destinations: as for `row_table`.
+
+    Raises:
+        ValueError: shapes, dtypes, layouts or alignments that do not fit.
+    """
+    device = torch.device(device)
+    addresses, pairs = [], []
+    for place, (rows, destination) in enumerate(zip(sources, destinations, strict=True)):
+        there = [row for row in rows if row is not None]
+        if not there or len(rows) != len(sources[0]):
+            raise ValueError(f"pair {place}: {len(there)} of {len(rows)} rows are there, of {len(sources[0])} at least one")
+        for row in there:
+            if row.dtype != destination.dtype or row.numel() * destination.shape[0] != destination.numel():
+                raise ValueError(
+                    f"pair {place}: a row of {row.dtype} {list(row.shape)} does not fit into {destination.dtype} "
+                    f"{list(destination.shape[1:])}"
+                )
+            if not row.is_contiguous() or (device.type != "meta" and row.data_ptr() % _ALIGNMENT):
+                raise ValueError(
+                    f"pair {place}: a row at address {row.data_ptr()} of strides {row.stride()} must be contiguous and "
+                    f"at a multiple of {_ALIGNMENT}"
+                )
+        is_real = device.type != "meta"
+        addresses.append([row.data_ptr() if row is not None and is_real else 0 for row in rows])
+        # Its numbers are those of a source that is as the destination, whose address nobody reads.
+        pairs.append((destination, destination))
+    table = row_table(pairs, device)
+    numbers = table.numbers.cpu() if device.type != "meta" else table.numbers
+    numbers[:, 5] = len(sources[0])
+    return RowTable(numbers.to(device), table.pairs, torch.tensor(addresses, dtype=torch.int64).to(device))
+
+
 def copy_rows(
     table: RowTable,
     sources: torch.Tensor,
     destinations: torch.Tensor,
     count: torch.Tensor,
     *,
-    row_of: torch.Tensor | None = None,
     programs: int = PROGRAMS,
 ) -> None:
     """Copy row `sources[i]` of every source to row `destinations[i]` of its destination, for each i below `count`.
@@ -147,14 +192,13 @@ def copy_rows(
         table: of the tensors.
         sources, destinations: int32 [M] on the device.
         count: int32 [1] on the device, at most M.
-        row_of: int32 [E] on the device: `sources` are numbers of experts, and these are their rows, -1 for none.
         programs: how many share each tensor's rows.
 
     Raises:
         ValueError: shapes, dtypes, devices or layouts that do not fit.
         KernelUnavailableError: the device cannot run it.
     """
-    _launch(table, sources, destinations, count, row_of, programs).run(table.numbers.device)
+    _launch(table, sources, destinations, count, programs).run(table.numbers.device)
 
 
 def _launch(
@@ -162,14 +206,11 @@ def _launch(
     sources: torch.Tensor,
     destinations: torch.Tensor,
     count: torch.Tensor,
-    row_of: torch.Tensor | None,
     programs: int,
 ) -> Launch:
     device = table.numbers.device
     for name, tensor in (("sources", sources), ("destinations", destinations), ("count", count)):
         check_tensor(name, tensor, 1, (torch.int32,), device)
-    if row_of is not None:
-        check_tensor("row_of", row_of, 1, (torch.int32,), device)
     if sources.shape != destinations.shape or count.numel() != 1:
         raise ValueError(
             f"{sources.numel()} sources, {destinations.numel()} destinations and {count.numel()} counts: the first two "
@@ -182,8 +223,7 @@ def _launch(
         "sources_ptr": sources,
         "destinations_ptr": destinations,
         "count_ptr": count,
-        "row_of_ptr": row_of,
-        "named": 0 if row_of is None else row_of.numel(),
+        "addresses_ptr": table.addresses,
         "PROGRAMS": programs,
         "BLOCK": _BLOCK_BYTES // 4,
     }
@@ -195,12 +235,11 @@ def compile_specs(capability: int) -> list[CompileSpec]:
     rows = torch.empty(4, 64, dtype=torch.int32, device="meta")
     lists = torch.empty(8, dtype=torch.int32, device="meta")
     count = torch.empty(1, dtype=torch.int32, device="meta")
-    table = row_table([(rows, rows)], "meta")
+    tables = {
+        "copy_rows": row_table([(rows, rows)], "meta"),
+        "copy_rows[scattered]": scattered_table([[rows[:1]] * 4], [rows], "meta"),
+    }
     return [
-        CompileSpec(
-            "copy_rows[named]" if named else "copy_rows",
-            _launch(table, lists, lists, count, lists if named else None, PROGRAMS),
-            needs=("load128",),
-        )
-        for named in (False, True)
+        CompileSpec(name, _launch(table, lists, lists, count, PROGRAMS), needs=("load128",))
+        for name, table in tables.items()
     ]

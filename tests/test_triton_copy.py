@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton_support import DEVICE, INTERPRETED
 
-from moert.kernels.copy_rows import copy_rows, row_table
+from moert.kernels.copy_rows import copy_rows, row_table, scattered_table
 from moert.kernels.plan_lru import new_lru, plan_lru
 
 
@@ -48,16 +48,37 @@ def test_rows_that_are_not_there_are_passed_over() -> None:
     assert destination[0, 0] == -1
 
 
-def test_experts_that_lie_elsewhere_than_their_number_says() -> None:
-    source = host(torch.arange(32, dtype=torch.int32).view(4, 8))
-    destination = torch.full((5, 8), -1, dtype=torch.int32, device=DEVICE)
-    table = row_table([(source, destination)], DEVICE)
-    # Expert 1 is in no row, 7 is none, -2 neither.
-    where = numbers(3, -1, 0, 2)
-    copy_rows(table, numbers(0, 1, 2, 7, -2), numbers(4, 3, 0, 1, 2), numbers(5), row_of=where, programs=2)
-    wanted = torch.full((5, 8), -1, dtype=torch.int32)
-    wanted[4], wanted[0] = source[3], source[0]
-    assert torch.equal(destination.cpu(), wanted)
+def test_rows_that_lie_anywhere() -> None:
+    large = [host(torch.randint(-99, 99, (9000,), dtype=torch.int32)) for _ in range(4)]
+    small = [host(torch.randn(8, 4)) for _ in range(4)]
+    destinations = [
+        torch.full((5, 9000), -1, dtype=torch.int32, device=DEVICE),
+        torch.full((5, 8, 4), torch.nan, device=DEVICE),
+    ]
+    rows: list[list[torch.Tensor | None]] = [[*large], [*small]]
+    rows[0][1] = rows[1][1] = None
+    table = scattered_table(rows, destinations, DEVICE)
+    # Row 1 is nowhere, 7 and -2 are none.
+    copy_rows(table, numbers(3, 1, 0, 7, -2), numbers(4, 3, 0, 1, 2), numbers(5), programs=2)
+    for sources, destination in ((large, destinations[0]), (small, destinations[1])):
+        wanted = torch.full_like(destination, -1 if destination.dtype == torch.int32 else torch.nan, device="cpu")
+        wanted[4], wanted[0] = sources[3], sources[0]
+        torch.testing.assert_close(destination.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_anywhere_that_do_not_fit() -> None:
+    row, bank = torch.zeros(8), torch.zeros(3, 8, device=DEVICE)
+    for rows, message in (
+        ([torch.zeros(9)[1:]], "at a multiple of 16"),
+        ([torch.zeros(8, 2)[:, 0]], "contiguous"),
+        ([torch.zeros(7)], r"\[7\] does not fit into torch.float32 \[8\]"),
+        ([torch.zeros(8, dtype=torch.int32)], "int32"),
+        ([None, None], "0 of 2 rows are there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scattered_table([rows], [bank], DEVICE)
+    with pytest.raises(ValueError, match="2 of 2 rows are there, of 1 at least one"):
+        scattered_table([[row], [row, row]], [bank, bank], DEVICE)
 
 
 def test_what_a_planner_decides_is_fetched() -> None:

@@ -24,6 +24,10 @@ class DeviceLostError(MoertError, RuntimeError):
     """The device does not answer any more. Nothing on it can be had; whoever used it has to make a new one."""
 
 
+class CaptureError(MoertError, RuntimeError):
+    """Work cannot be made a graph: it waits for the device, or moves what may only be moved once."""
+
+
 class SlotAccessError(AssertionError):
     """A slot was read before its bytes were there or after they had gone, or written while somebody read it."""
 
@@ -107,6 +111,21 @@ class Stream(ABC):
         """An event behind everything so far."""
 
 
+class Graph(ABC):
+    """Work that was captured once, kernels and copies in their order, to be done again and again on the same memory.
+
+    It keeps the memory alive that the work took and gave.
+    """
+
+    @abstractmethod
+    def replay(self) -> None:
+        """Do it in the compute stream; returns at once. Python code of the captured work does not run.
+
+        Raises:
+            DeviceLostError: the device is gone.
+        """
+
+
 class Device(ABC):
     """One GPU, or what stands for one. It owns its streams and the memory it has given out, until `close`.
 
@@ -132,6 +151,18 @@ class Device(ABC):
     @abstractmethod
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a small tensor of the caller's in host memory; blocks until it is there."""
+
+    @abstractmethod
+    def capture(self, work: Callable[[], object]) -> Graph:
+        """Note what `work` starts in the compute stream, and do nothing of it: tensors that it makes have their contents
+        after a replay. Blocks. Everything that it launches must have run once before, and no other thread may use the
+        compute stream meanwhile.
+
+        Raises:
+            CaptureError: the work cannot be captured; nothing of it has happened.
+            OutOfDeviceMemoryError: there is not so much memory as it takes.
+            DeviceLostError: the device is gone.
+        """
 
     @property
     @abstractmethod

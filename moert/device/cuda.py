@@ -11,10 +11,12 @@ import torch
 
 from moert.config import format_bytes
 from moert.device.base import (
+    CaptureError,
     Device,
     DeviceLostError,
     DeviceMemory,
     Event,
+    Graph,
     Lease,
     OutOfDeviceMemoryError,
     PinningRefusedError,
@@ -101,6 +103,21 @@ class CudaDevice(Device):
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         with self.calls():
             return tensor.cpu()
+
+    def capture(self, work: Callable[[], object]) -> Graph:
+        self.synchronize()
+        graph = self._cuda.CUDAGraph()
+        try:
+            # Other threads of the process may go on with the device: what they do is none of the graph's.
+            with self._cuda.device(self.index), self._cuda.graph(graph, capture_error_mode="thread_local"):
+                work()
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemoryError(f"{self.name} is out of memory: {_first_line(error)}") from error
+        except RuntimeError as error:
+            # A call that no graph takes spoils the capture and nothing else; anything worse shows here.
+            self.synchronize()
+            raise CaptureError(f"{self.name} cannot make a graph of this: {_first_line(error)}") from error
+        return _CudaGraph(self, graph)
 
     @property
     def memory(self) -> DeviceMemory:
@@ -208,6 +225,15 @@ class _CudaStream(Stream):
             event = self._cuda.Event()
             event.record(self._stream)
         return _CudaEvent(self._device, event)
+
+
+class _CudaGraph(Graph):
+    def __init__(self, device: CudaDevice, graph: Any) -> None:
+        self._device, self._graph = device, graph
+
+    def replay(self) -> None:
+        with self._device.calls():
+            self._graph.replay()
 
 
 def _check_driver(cuda: Any) -> None:

@@ -11,16 +11,19 @@ import torch
 
 from moert.config import format_bytes
 from moert.device.base import (
+    CaptureError,
     Device,
     DeviceLostError,
     DeviceMemory,
     Event,
+    Graph,
     Lease,
     OutOfDeviceMemoryError,
     PinningRefusedError,
     Stream,
 )
 from moert.device.ledger import Ledger
+from moert.device.tape import Tape
 from moert.device.threaded import Threads
 from moert.device.virtual import VirtualTime
 from moert.device.work import Done, Engine, Lane, Link, Work
@@ -74,6 +77,7 @@ class SimulatedDevice(Device):
         self._locked: dict[int, int] = {}
         self._own: dict[int, int] = {}
         self._closed = False
+        self._captured: _CapturedStream | None = None
         self._compute = _SimulatedStream(self, self._engine.add_lane("compute", 0), None)
         self.copies: dict[Priority, Stream] = {
             priority: _SimulatedStream(self, self._engine.add_lane(name, priority), self.up)
@@ -83,7 +87,18 @@ class SimulatedDevice(Device):
 
     @property
     def compute(self) -> Stream:
-        return self._compute
+        return self._captured or self._compute
+
+    def capture(self, work: Callable[[], object]) -> Graph:
+        self.synchronize()
+        used, tape = self.used_bytes, Tape()
+        self._captured = _CapturedStream()
+        try:
+            tape.record(work)
+        finally:
+            self._captured = None
+        assert self.used_bytes == used, "a graph that takes slots"
+        return _SimulatedGraph(self, tape)
 
     @property
     def is_lost(self) -> bool:
@@ -170,6 +185,8 @@ class SimulatedDevice(Device):
         event.wait()
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._captured is not None:
+            raise CaptureError("a copy into host memory waits for the device, which a graph cannot do")
         event = self._compute.record()
         event.wait()
         return tensor.clone()
@@ -274,6 +291,58 @@ class _SimulatedStream(Stream):
     def _submit(self, action: Callable[[], object], seconds: float, **details: object) -> Done:
         after, self._after = tuple(self._after), []
         return self._device.submit(self._lane, action, seconds, after=after, **details)
+
+
+class _CapturedStream(Stream):
+    """The compute stream while work is captured: what it is given is noted by the tape."""
+
+    def copy(
+        self,
+        destination: torch.Tensor,
+        source: torch.Tensor,
+        *,
+        writes: Lease | None = None,
+        is_last: bool = True,
+        pageable: bool = False,
+    ) -> None:
+        if writes is not None or pageable:
+            raise CaptureError("slots are filled and pageable memory is copied by the host, not by a graph")
+        destination.copy_(source)
+
+    def fill(self, destination: torch.Tensor, byte: int, *, writes: Lease | None = None) -> None:
+        if writes is not None:
+            raise CaptureError("slots are filled by the host, not by a graph")
+        destination.fill_(byte)
+
+    def launch(self, work: Callable[[], object], reads: Sequence[Lease] = ()) -> None:
+        if reads:
+            raise CaptureError("what is in a slot when a graph is replayed is not known when it is captured")
+        work()
+
+    def wait(self, event: Event) -> None:
+        if not isinstance(event, _CapturedEvent):
+            raise CaptureError("an event of another stream is no part of the graph")
+
+    def record(self) -> Event:
+        return _CapturedEvent()
+
+
+class _CapturedEvent(Event):
+    @property
+    def ready(self) -> bool:
+        raise CaptureError("an event within a graph cannot be asked for")
+
+    def wait(self) -> None:
+        """Whatever comes after it in a graph does so."""
+
+
+class _SimulatedGraph(Graph):
+    def __init__(self, device: SimulatedDevice, tape: Tape) -> None:
+        self._device, self._tape = device, tape
+
+    def replay(self) -> None:
+        self._device.compute.launch(self._tape.replay)
+        self._device.compute.record().wait()
 
 
 def _nothing() -> None:
