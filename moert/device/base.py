@@ -138,6 +138,8 @@ class Device(ABC):
     """Where tensors in its memory say they are."""
     copies: dict[Priority, Stream]
     back: Stream
+    reads_host: bool
+    """Whether its kernels can read page-locked host memory at the address that it has on the host."""
 
     @property
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
@@ -58,6 +59,7 @@ class CudaDevice(Device):
         self._lost: str | None = None
         self._locked: dict[int, int] = {}
         self._closed = False
+        self.reads_host = _reads_host(index)
         with self.calls():
             # A lower number comes first.
             self.copies: dict[Priority, Stream] = {
@@ -247,6 +249,24 @@ def _check_driver(cuda: Any) -> None:
     raise ConfigError(
         f"device_memory needs a CUDA device, and there is none to be used here ({why}); install or update the NVIDIA "
         "driver, or leave device_memory out to run the experts on the CPU"
+    )
+
+
+_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM = 91
+"""The number of the attribute in the driver's interface."""
+
+
+def _reads_host(index: int) -> bool:
+    """Whether memory that was page-locked later has one address for both; not so under WSL and on small boards."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    device, answer = ctypes.c_int(), ctypes.c_int()
+    return (
+        driver.cuDeviceGet(ctypes.byref(device), index) == 0
+        and driver.cuDeviceGetAttribute(ctypes.byref(answer), _CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, device) == 0
+        and answer.value == 1
     )
 
 

@@ -51,6 +51,8 @@ class Machine:
     """Of each wait of the host's, on top."""
     lockable_bytes: int | None = None
     """How much host memory may be page-locked; None: all of it."""
+    reads_host: bool = True
+    """See `Device.reads_host`."""
 
 
 class SimulatedDevice(Device):
@@ -67,6 +69,7 @@ class SimulatedDevice(Device):
         self.name = name
         self.torch_device = torch.device("cpu")
         self.machine = machine or Machine()
+        self.reads_host = self.machine.reads_host
         self.ledger = Ledger()
         self.others_bytes = 0
         self.used_bytes = 0

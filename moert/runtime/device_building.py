@@ -45,6 +45,7 @@ def attach_device(
     promoting: bool = True,
     costs: Costs | None = None,
     triton: bool | None = None,
+    planned: bool | None = None,
     max_bytes: int | None = None,
 ) -> DeviceTier:
     """Have `runtime` run its steps over `device`, which it owns and closes from then on, also if this fails.
@@ -62,6 +63,8 @@ def attach_device(
         promoting: bring experts up over the idle link.
         costs: see `DeviceTier`.
         triton: have the Triton kernels compute what they can; None: on a GPU.
+        planned: have the device run passes of one token by itself, where it can; None: where that is seen to be faster,
+            which needs `guarded`.
 
     Raises:
         CapacityError: the device has not so much memory; the numbers are in the message.
@@ -96,10 +99,11 @@ def attach_device(
             runtime.pipeline,
             lambda: _ranges(runtime),
             reads=runtime.reads,
-            ways=Ways(schedule, device.now, PURE if guarded else ()),
+            ways=Ways(schedule, device.now, PURE if guarded else (), planned),
             promoting=promoting,
             costs=costs,
             max_bytes=max_bytes,
+            planned=planned,
             debug=runtime.config.debug,
         )
         if runtime.config.preload is not False:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from moert.residency import Residency
 from moert.runtime.device_host import HostLayer
@@ -88,6 +88,19 @@ class DeviceCache:
         for expert in list(experts):
             self.residency.drop(expert)
             self.bank.give_back(self._row_of.pop(expert))
+        self._changed()
+
+    def take_over(self, rows: Mapping[ExpertId, int]) -> None:
+        """These are the residents now, in these rows, whoever was before: something else than steps brought them."""
+        for expert in self.residency.residents:
+            if expert not in rows:
+                self.residency.drop(expert)
+        for expert in rows:
+            if expert not in self.residency:
+                admission = self.residency.admit(expert)
+                assert admission is not None and admission.victim is None
+                self.residency.arrive(expert)
+        self._row_of = dict(rows)
         self._changed()
 
     def recover(self) -> None:

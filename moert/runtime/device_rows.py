@@ -136,6 +136,14 @@ class RowBank:
                 yield destination[low:high], source[low:high]
             at += spec.nbytes
 
+    def take_over(self, row: int) -> None:
+        """The row is whole, by what the compute stream has been told so far: something else than `fill` wrote it."""
+        stream = self.device.compute
+        nothing = self._table[row][:0]
+        self._fillings[row] += 1
+        stream.copy(nothing, nothing, writes=self.lease(row))
+        self._filled[row] = self._read[row] = stream.record()
+
     def read(self, rows: Sequence[int], stream: Stream, work: Callable[[], object]) -> None:
         """Launch what reads these rows, after they have been filled."""
         for row in rows:

@@ -16,12 +16,13 @@ from moert.runtime.device_kernels import Inputs, LayerKernels
 from moert.runtime.device_mailbox import Mailbox
 from moert.runtime.device_pinning import PinnedHost
 from moert.runtime.device_plan import plan_step
+from moert.runtime.device_planned import PlannedPasses
 from moert.runtime.device_promoting import Promoting
 from moert.runtime.device_rows import RowBank
 from moert.runtime.device_step import DeviceStep, Machinery
 from moert.runtime.device_table import SlotTable
 from moert.runtime.device_transfers import DeviceTransfers
-from moert.runtime.device_ways import Ways
+from moert.runtime.device_ways import PLANNED, Ways
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.step import run_step
 from moert.schedule import Costs, Curve
@@ -47,7 +48,7 @@ class DeviceCounts:
     without: int = 0
     """Steps that the CPU computed alone because the device had none even for one token."""
     ways: dict[str, int] = field(default_factory=dict)
-    """Steps that went by each scheduler."""
+    """Steps that went by each scheduler, or were planned on the device."""
 
 
 class DeviceTier:
@@ -67,10 +68,12 @@ class DeviceTier:
         promoting: bool = True,
         costs: Costs | None = None,
         max_bytes: int | None = None,
+        planned: bool | None = None,
         debug: bool = False,
     ) -> None:
         """
         Args:
+            planned: False: the device runs no pass by itself, whatever `ways` would like.
             pipeline: from disk to host memory; `reads` says whether anything is there.
             costs: of one expert, for the scheduler; None: they are measured in the first step.
             max_bytes: of copies under way at once; None: the default.
@@ -93,6 +96,13 @@ class DeviceTier:
         self._warned: set[str] = set()
         self.counts = DeviceCounts()
         self.pinned.lock(ranges())
+        self._planned: PlannedPasses | None = None
+        self.why_not_planned: str | None = "it was not asked for"
+        if planned is not False:
+            try:
+                self._planned = PlannedPasses(device, self.caches, self._kernels, self.pinned, self.transfers)
+            except (ValueError, ImportError) as error:
+                self._never_plan(str(error))
 
     @property
     def banks(self) -> list[RowBank]:
@@ -124,7 +134,73 @@ class DeviceTier:
         hidden, ids, weights = hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
         if not len(hidden):
             return hidden.clone()
+        if self._is_planned(layer, ids):
+            out = self._run_planned(layer, hidden, ids, weights)
+            if out is not None:
+                return out
         return self._run_parts(layer, compute, hidden, ids, weights)
+
+    def _is_planned(self, layer: int, ids: torch.Tensor) -> bool:
+        """Whether the device runs this step by itself; all that the host has to know else, it knows then."""
+        planned = self._planned
+        if planned is None:
+            return False
+        if self.ways.way == PLANNED and ids.shape == (1, self.caches[layer].spec.top_k):
+            if planned.is_entered:
+                return True
+            if layer == 0 and self._enter():
+                return True
+        self.settle()
+        self.ways.do_not_plan()
+        return False
+
+    def _enter(self) -> bool:
+        assert self._planned is not None
+        why_not = self._planned.why_not()
+        if why_not is None and self._planned.is_ready:
+            try:
+                self._planned.enter()
+            except ValueError as error:
+                why_not = str(error)
+            else:
+                self.ways.forget()  # it is not what a pass takes
+                return True
+        if why_not is not None:
+            self._never_plan(why_not)
+        return False
+
+    def _never_plan(self, why_not: str) -> None:
+        self._planned, self.why_not_planned = None, why_not
+        self.ways.do_not_plan(ever=True)
+
+    def _run_planned(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """None: there was no memory for it, and the host knows what there is to know."""
+        assert self._planned is not None
+        try:
+            out = self._planned.run(layer, hidden, ids, weights)
+        except OutOfDeviceMemoryError:
+            self._planned.abandon()
+            self._reset_banks()
+            self.ways.do_not_plan()
+            return None
+        self.counts.ways[PLANNED] = self.counts.ways.get(PLANNED, 0) + 1
+        return out
+
+    def count(self) -> None:
+        """Bring all counts up to date; blocks until the device has got there if it runs passes by itself."""
+        if self._planned is not None and self._planned.is_entered:
+            uses, misses = self._planned.count()
+            self.counts.on_device += uses
+            self.counts.fetched += misses
+
+    def settle(self) -> None:
+        """Have the host know everything that there is to know; blocks as `count`."""
+        if self._planned is not None and self._planned.is_entered:
+            self.count()
+            self._planned.leave()
+            self.ways.forget()
 
     def _run_parts(
         self, layer: int, compute: Compute, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
@@ -254,6 +330,7 @@ class DeviceTier:
         Raises:
             DeviceLostError: the device is gone.
         """
+        self.settle()
         for cache in self.caches:
             room = cache.residency.capacity - len(cache.residency)
             all_experts = (ExpertId(cache.spec.index, expert) for expert in range(cache.spec.num_experts))
@@ -267,7 +344,9 @@ class DeviceTier:
         self.transfers.drain()
 
     def prefetch(self, experts: Iterable[ExpertId]) -> None:
-        """Bring experts up that may be needed soon, from disk if they are there. Returns at once."""
+        """Bring experts up that may be needed soon, from disk if they are there. Returns at once, unless the device has
+        been running passes by itself: `settle`."""
+        self.settle()
         self.transfers.collect()
         self.transfers.prefetch(experts)
         self.transfers.pump()
@@ -283,6 +362,9 @@ class DeviceTier:
 
     def before_host_changes(self) -> None:
         """Host memory is going to be moved or given back: wait until nothing is copied from it, unlock its pages."""
+        self.settle()
+        if self._planned is not None:
+            self._planned.forget_addresses()
         self.transfers.drain()
         self.pinned.unlock()
 
@@ -303,14 +385,21 @@ class DeviceTier:
         self.transfers.recover()
         for cache in self.caches:
             cache.recover()
-        for bank in self.banks:
-            bank.reset([row for cache in self.caches if cache.bank is bank for row in cache.rows])
+        if self._planned is not None:
+            self._planned.forget_addresses()
+            if self._planned.is_entered:
+                self._planned.abandon()
+        self._reset_banks()
         self._table.forget()
         self._machinery.mailbox.forget()
         self.pinned.forget_buffers()
         self.ways.forget()
         if self._promoting is not None:
             self._promoting = Promoting(self.caches, self.transfers)
+
+    def _reset_banks(self) -> None:
+        for bank in self.banks:
+            bank.reset([row for cache in self.caches if cache.bank is bank for row in cache.rows])
 
     def check_integrity(self) -> None:
         """Assert that the books of all layers agree with each other."""

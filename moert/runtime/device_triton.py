@@ -49,14 +49,16 @@ class RowByPick(LayerKernels):
             return _WholeStep(self, inputs)
         return _SplitStep(self, inputs)
 
-    def add_identity(self, inputs: Inputs, out: torch.Tensor) -> torch.Tensor:
+    def add_identity(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
         """Add what experts without weights give, their input."""
         if not self.spec.num_identity:
             return out
         first = self.spec.num_experts
-        is_identity = (inputs.ids >= first) & (inputs.ids < first + self.spec.num_identity)
-        share = torch.where(is_identity, inputs.weights, 0).sum(1, keepdim=True, dtype=torch.float32)
-        return torch.addcmul(out.float(), inputs.hidden.float(), share).to(out.dtype)
+        is_identity = (ids >= first) & (ids < first + self.spec.num_identity)
+        share = torch.where(is_identity, weights, 0).sum(1, keepdim=True, dtype=torch.float32)
+        return torch.addcmul(out.float(), hidden.float(), share).to(out.dtype)
 
 
 class _WholeStep(OpenStep):
@@ -83,9 +85,9 @@ class _WholeStep(OpenStep):
 
     def finish(self) -> Callable[[], torch.Tensor]:
         def work() -> torch.Tensor:
-            hidden = self._inputs.hidden
-            out = torch.zeros_like(hidden) if self._out is None else self._out
-            return self._kernels.add_identity(self._inputs, out)
+            inputs = self._inputs
+            out = torch.zeros_like(inputs.hidden) if self._out is None else self._out
+            return self._kernels.add_identity(inputs.hidden, inputs.ids, inputs.weights, out)
 
         return work
 
@@ -150,6 +152,6 @@ class _SplitStep(OpenStep):
         def work() -> torch.Tensor:
             out = torch.empty_like(inputs.hidden)
             combine(self._rows, inputs.ids, inputs.weights, slot_of, kernels.bank.slots, out=out)
-            return kernels.add_identity(inputs, out)
+            return kernels.add_identity(inputs.hidden, inputs.ids, inputs.weights, out)
 
         return work

@@ -9,6 +9,9 @@ from moert.schedule import Guard, Scheduler, make_scheduler
 PURE = ("cpu_all", "fetch_all")
 """All that is missing on the CPU, wherever it is; all of it on the device."""
 
+PLANNED = "planned"
+"""Passes of one token that the device runs by itself; see `PlannedPasses`. It is no scheduler: it asks none."""
+
 PAUSE_S = 1.0
 """A pass that took longer than this has waited for its user."""
 
@@ -17,17 +20,28 @@ class Ways:
     """Looks at forward passes, from one beginning of the first layer to the next: those of one token by themselves, and
     those of more by the time for each of their tokens."""
 
-    def __init__(self, preferred: str, clock: Callable[[], float], pure: Sequence[str] = PURE) -> None:
+    def __init__(
+        self,
+        preferred: str,
+        clock: Callable[[], float],
+        pure: Sequence[str] = PURE,
+        planned: bool | None = None,
+    ) -> None:
         """
+        Args:
+            planned: whether single tokens go by `PLANNED`; None: if they are seen to be faster so.
+
         Raises:
             ConfigError: there is no such scheduler.
         """
         names = list(dict.fromkeys([preferred, *pure]))
         self._schedulers: dict[str, Scheduler] = {name: make_scheduler(name) for name in names}
-        self._preferred = preferred
+        self._preferred, self._names = preferred, names
         self._clock = clock
-        self._guards = (Guard(names), Guard(names)) if len(names) > 1 else None
+        alone = [*names, PLANNED] if planned is None and len(names) > 1 else names
+        self._guards = (Guard(alone), Guard(names)) if len(names) > 1 else None
         """Of single tokens, and of more."""
+        self._always_planned = bool(planned)
         self._last: tuple[int, float] | None = None
         self._now = preferred
 
@@ -38,8 +52,8 @@ class Ways:
 
     @property
     def scheduler(self) -> Scheduler:
-        """It."""
-        return self._schedulers[self._now]
+        """It, or the preferred one if it is none."""
+        return self._schedulers.get(self._now) or self._schedulers[self._preferred]
 
     @property
     def switches(self) -> int:
@@ -48,7 +62,14 @@ class Ways:
 
     def begin(self, tokens: int) -> None:
         """A forward pass of so many tokens begins."""
-        if self._guards is None or not tokens:
+        if not tokens:
+            return
+        if tokens == 1 and self._always_planned:
+            self._now = PLANNED
+            self.forget()
+            return
+        if self._guards is None:
+            self._now = self._preferred
             return
         now = self._clock()
         if self._last is not None:
@@ -58,6 +79,15 @@ class Ways:
                 self._guards[before > 1].note((now - then) / before)
         self._last = (tokens, now)
         self._now = self._guards[tokens > 1].way
+
+    def do_not_plan(self, *, ever: bool = False) -> None:
+        """`PLANNED` is not to be had for this pass, or, with `ever`, for any from here on."""
+        if self._now == PLANNED:
+            self._now = self._preferred
+        if ever and (self._guards is not None or self._always_planned):
+            self._always_planned = False
+            self._guards = None if self._guards is None else (Guard(self._names), self._guards[1])
+        self.forget()
 
     def forget(self) -> None:
         """The pass under way will not be comparable with others."""

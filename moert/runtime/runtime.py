@@ -321,6 +321,9 @@ class OffloadRuntime(UsedAlone):
 
     def stats(self) -> Stats:
         """A snapshot of the counts."""
+        with self._lock:
+            if self.device is not None and self._closed is None and not self._torn:
+                self.device.count()
         return total(
             self.layers,
             read_s=self._read_s() - self._read_s_at_reset,

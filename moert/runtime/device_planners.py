@@ -1,0 +1,148 @@
+"""Policies that a device can carry out by itself, so that nobody has to tell the host what a token chose."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from moert.policies.base import Policy
+from moert.policies.ema import EMA
+from moert.policies.lru import LRU
+from moert.types import ExpertId
+
+if TYPE_CHECKING:
+    from moert.kernels.planning import Plan, Residents
+
+
+Copy = tuple[torch.Tensor, torch.Tensor]
+"""To the first, on the device, from the second, in host memory."""
+
+
+class Planner(ABC):
+    """What one layer's policy would decide, decided by a kernel from tables on the device."""
+
+    residents: Residents
+
+    @abstractmethod
+    def plan(self, ids: torch.Tensor) -> Plan:
+        """Take an event's ids, on the device; see `moert.kernels.planning.Plan`. Waits for nothing."""
+
+    @abstractmethod
+    def begin(self, policy: Policy, residents: Mapping[ExpertId, int], free_rows: Sequence[int]) -> list[Copy]:
+        """What to copy to the device, so that it goes on where the policy is: `residents` have those rows."""
+
+    def _tables(self, residents: Mapping[ExpertId, int], free_rows: Sequence[int]) -> list[Copy]:
+        """What every planner has; it counts on from as many uses as there are residents."""
+        tables = self.residents
+        assert tables.rows is not None
+        slot_of = torch.full_like(tables.slot_of, -1, device="cpu")
+        for expert, row in residents.items():
+            slot_of[expert.expert] = row
+        owners = [expert.expert for expert in residents] + [-1] * len(free_rows)
+        return [
+            (tables.rows, torch.tensor([*residents.values(), *free_rows], dtype=torch.int32)),
+            (tables.slot_of, slot_of),
+            (tables.owner, torch.tensor(owners, dtype=torch.int32)),
+            (tables.marks, torch.zeros_like(tables.marks, device="cpu")),
+            (tables.counters, torch.tensor([0, len(residents), 0])),
+        ]
+
+
+class EmaPlanner(Planner):
+    """`ema`. How long ago an expert was used last is not known at the beginning: its next use counts in full."""
+
+    def __init__(
+        self,
+        policy: EMA,
+        layer: int,
+        experts: int,
+        device: torch.device,
+        rows: torch.Tensor,
+        log: torch.Tensor,
+        n_rows: int,
+    ) -> None:
+        from moert.kernels.plan_ema import new_ema
+
+        self._layer = layer
+        self._state = new_ema(experts, rows.numel(), device, **policy.parameters, rows=rows, log=log)
+        self.residents = self._state.residents
+
+    def plan(self, ids: torch.Tensor) -> Plan:
+        from moert.kernels.plan_ema import plan_ema
+
+        return plan_ema(self._state, ids)
+
+    def begin(self, policy: Policy, residents: Mapping[ExpertId, int], free_rows: Sequence[int]) -> list[Copy]:
+        assert isinstance(policy, EMA)
+        state = self._state
+        scores = [policy.score(ExpertId(self._layer, expert)) for expert in range(self.residents.experts)]
+        return [
+            *self._tables(residents, free_rows),
+            (state.scores, torch.tensor(scores, dtype=torch.float64)),
+            (state.bursts, torch.zeros_like(state.bursts, device="cpu")),
+            (state.last_uses, torch.zeros_like(state.last_uses, device="cpu")),
+        ]
+
+
+class LruPlanner(Planner):
+    """`lru`."""
+
+    def __init__(
+        self,
+        policy: LRU,
+        layer: int,
+        experts: int,
+        device: torch.device,
+        rows: torch.Tensor,
+        log: torch.Tensor,
+        n_rows: int,
+    ) -> None:
+        from moert.kernels.plan_lru import new_lru
+
+        self._state = new_lru(experts, rows.numel(), device, rows, log, n_rows)
+        self.residents = self._state.residents
+
+    def plan(self, ids: torch.Tensor) -> Plan:
+        from moert.kernels.plan_lru import plan_lru
+
+        return plan_lru(self._state, ids)
+
+    def begin(self, policy: Policy, residents: Mapping[ExpertId, int], free_rows: Sequence[int]) -> list[Copy]:
+        stamps = torch.zeros_like(self._state.stamps, device="cpu")
+        older: set[ExpertId] = set()
+        for stamp in range(len(residents)):
+            oldest = policy.victim(older)
+            stamps[residents[oldest]] = stamp
+            older.add(oldest)
+        return [*self._tables(residents, free_rows), (self._state.stamps, stamps)]
+
+
+_PLANNERS: dict[type[Policy], type[EmaPlanner] | type[LruPlanner]] = {EMA: EmaPlanner, LRU: LruPlanner}
+
+
+def make_planner(
+    policy: Policy,
+    layer: int,
+    experts: int,
+    device: torch.device,
+    rows: torch.Tensor,
+    log: torch.Tensor,
+    n_rows: int,
+) -> Planner:
+    """The twin of a layer's policy on a device.
+
+    Args:
+        rows: int32 [S] on the device, all below `n_rows`: the rows of a bank that are the layer's slots.
+        log: int32 [N, K] on the device, for the last events.
+
+    Raises:
+        ValueError: the policy has none.
+    """
+    kind = _PLANNERS.get(type(policy))
+    if kind is None or policy.sizes is not None:
+        names = ", ".join(sorted(one.__name__.lower() for one in _PLANNERS))
+        raise ValueError(f"the policy {type(policy).__name__.lower()} runs on the host only, unlike {names}")
+    return kind(policy, layer, experts, device, rows, log, n_rows)  # type: ignore[arg-type]
