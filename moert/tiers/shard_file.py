@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import io
 import os
 import threading
 import time
@@ -96,6 +97,7 @@ class ShardFile:
         self._closed = False
         try:
             self._fd = self._open()
+            self._owner = _owner(self._fd)
         except OSError as error:
             raise TransferError(error.errno, f"cannot open: {error.strerror}", str(self.path)) from error
         self.identity = FileIdentity.of(calls.fstat(self._fd))
@@ -187,7 +189,7 @@ class ShardFile:
             self._readers -= 1
             last = self._closed and self._readers == 0
         if last:
-            os.close(self._fd)
+            self._owner.close()
 
     def close(self) -> None:
         """Close the file, once the reads in flight have ended. Does not wait for them. Idempotent."""
@@ -198,7 +200,7 @@ class ShardFile:
             idle = self._readers == 0
         # The number of a closed descriptor may belong to another file a moment later, so the last reader closes.
         if idle:
-            os.close(self._fd)
+            self._owner.close()
 
     def __enter__(self) -> ShardFile:
         return self
@@ -284,6 +286,15 @@ class ShardFile:
 
     def _failed(self, error: OSError, offset: int, nbytes: int) -> TransferError:
         return TransferError(error.errno, f"{error.strerror} reading {nbytes} bytes at {offset}", str(self.path))
+
+
+def _owner(fd: int) -> io.FileIO:
+    """What closes a descriptor when it is forgotten, whatever interrupted who should have closed it."""
+    try:
+        return io.FileIO(fd)
+    except OSError:  # a folder
+        os.close(fd)
+        raise
 
 
 def _round_up(nbytes: int) -> int:
