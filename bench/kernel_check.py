@@ -45,6 +45,7 @@ REGISTERS = 65_536
 
 INSTRUCTIONS = {
     "load128": r"ld\.global\S*\.v4\.[bf]32|ld\.global\S*\.v2\.b64|cp\.async\.cg",
+    "load64": r"ld\.global\S*\.v2\.[bf]32",
     "mma": r"mma\.sync",
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",

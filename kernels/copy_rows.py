@@ -17,6 +17,8 @@ PROGRAMS = 8
 
 _BLOCK_BYTES = 16384
 _ALIGNMENT = 16
+SCATTERED_ALIGNMENT = 8
+"""In bytes, of rows that lie anywhere: what safetensors gives tensors that are read as they lie in their file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,8 @@ class RowTable:
     pairs: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     addresses: torch.Tensor | None = None
     """int64 [P, rows]: where each row of a source is, 0 if it is nowhere; None: as `numbers` says."""
+    alignment: int = 16
+    """Of sources, in bytes."""
 
 
 @triton.jit
@@ -38,6 +42,7 @@ def _kernel(
     destinations_ptr: tl.tensor,
     count_ptr: tl.tensor,
     addresses_ptr: tl.tensor,
+    ALIGNMENT: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -64,7 +69,7 @@ def _kernel(
         else:
             address = tl.load(addresses_ptr + pair * source_rows + source_row, mask=known, other=0)
             known = known & (address != 0)
-            begin = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
+            begin = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), ALIGNMENT)
         mask = (place < words) & known
         values = tl.load(begin + place, mask=mask, eviction_policy="evict_first")
         tl.store(destination + destination_row * destination_step + place, values, mask=mask)
@@ -139,7 +144,7 @@ def scattered_table(
 
     Args:
         sources: the rows for each of `destinations`, contiguous, in memory that kernels on the device can read, which
-            is not checked. Their addresses and sizes are multiples of 16 bytes.
+            is not checked. Their addresses are multiples of 8 bytes, their sizes of 16.
         destinations: as for `row_table`.
 
     Raises:
@@ -150,17 +155,19 @@ def scattered_table(
     for place, (rows, destination) in enumerate(zip(sources, destinations, strict=True)):
         there = [row for row in rows if row is not None]
         if not there or len(rows) != len(sources[0]):
-            raise ValueError(f"pair {place}: {len(there)} of {len(rows)} rows are there, of {len(sources[0])} at least one")
+            raise ValueError(
+                f"pair {place}: {len(there)} of {len(rows)} rows are there, of {len(sources[0])} at least one"
+            )
         for row in there:
             if row.dtype != destination.dtype or row.numel() * destination.shape[0] != destination.numel():
                 raise ValueError(
                     f"pair {place}: a row of {row.dtype} {list(row.shape)} does not fit into {destination.dtype} "
                     f"{list(destination.shape[1:])}"
                 )
-            if not row.is_contiguous() or (device.type != "meta" and row.data_ptr() % _ALIGNMENT):
+            if not row.is_contiguous() or (device.type != "meta" and row.data_ptr() % SCATTERED_ALIGNMENT):
                 raise ValueError(
                     f"pair {place}: a row at address {row.data_ptr()} of strides {row.stride()} must be contiguous and "
-                    f"at a multiple of {_ALIGNMENT}"
+                    f"at a multiple of {SCATTERED_ALIGNMENT}"
                 )
         is_real = device.type != "meta"
         addresses.append([row.data_ptr() if row is not None and is_real else 0 for row in rows])
@@ -169,7 +176,8 @@ def scattered_table(
     table = row_table(pairs, device)
     numbers = table.numbers.cpu() if device.type != "meta" else table.numbers
     numbers[:, 5] = len(sources[0])
-    return RowTable(numbers.to(device), table.pairs, torch.tensor(addresses, dtype=torch.int64).to(device))
+    known = torch.tensor(addresses, dtype=torch.int64).to(device)
+    return RowTable(numbers.to(device), table.pairs, known, SCATTERED_ALIGNMENT)
 
 
 def copy_rows(
@@ -224,6 +232,7 @@ def _launch(
         "destinations_ptr": destinations,
         "count_ptr": count,
         "addresses_ptr": table.addresses,
+        "ALIGNMENT": table.alignment,
         "PROGRAMS": programs,
         "BLOCK": _BLOCK_BYTES // 4,
     }
@@ -240,6 +249,6 @@ def compile_specs(capability: int) -> list[CompileSpec]:
         "copy_rows[scattered]": scattered_table([[rows[:1]] * 4], [rows], "meta"),
     }
     return [
-        CompileSpec(name, _launch(table, lists, lists, count, PROGRAMS), needs=("load128",))
+        CompileSpec(name, _launch(table, lists, lists, count, PROGRAMS), needs=(f"load{8 * table.alignment}",))
         for name, table in tables.items()
     ]

@@ -100,8 +100,8 @@ def new_plan(residents: Residents, ids: torch.Tensor, passing: bool) -> Plan:
     """Room for the misses of an event, once its ids are checked; with rounds if `passing`.
 
     Raises:
-        ValueError: ids of the wrong dtype, layout or device, not as many as the log takes, or of more experts than there
-            are slots, perhaps, and not `passing`.
+        ValueError: ids of the wrong dtype, layout or device, not as many as the log takes, or of more experts than
+            there are slots, perhaps, and not `passing`.
     """
     check_tensor("ids", ids, 2, (torch.int32, torch.int64), residents.slot_of.device)
     if residents.log is not None and ids.numel() != residents.log.shape[1]:
@@ -175,8 +175,7 @@ def row_of(slot: tl.tensor, rows_ptr: tl.tensor) -> tl.tensor:
     """The row that a slot is."""
     if rows_ptr is None:
         return slot
-    else:
-        return tl.load(rows_ptr + slot)
+    return tl.load(rows_ptr + slot)
 
 
 @triton.jit

@@ -1,69 +1,309 @@
-"""Single tokens that the device runs by itself, under Triton's interpreter: tokens, books and what it waits for."""
+"""Single tokens that the device runs by itself, under Triton's interpreter: tokens, books, and what it waits for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import planned_support
 import pytest
 import torch
 import triton_support
-from families import build, logits
+from planned_support import EXPERTS, LAYERS, ON_DEVICE, TOP_K, generate, make, patched, tier_of
 
 import moert
-from moert.config import OffloadConfig
+from moert.device.base import OutOfDeviceMemoryError
 from moert.device.simulated import Machine, SimulatedDevice
-from moert.hf import patching
+from moert.hf import loading
 from moert.hf.model import runtime_of
+from moert.kernels import device_experts as device_experts_module
 from moert.runtime.device_tier import DeviceTier
-from moert.runtime.device_ways import PLANNED
-from moert.schedule import Costs, Curve
+from moert.runtime.device_ways import PLANNED, Ways
+from moert.types import ExpertId
 
 pytestmark = pytest.mark.skipif(not triton_support.INTERPRETED, reason="triton's interpreter is off: there is a GPU")
 
-ON_DEVICE = Costs(Curve.constant(1.0), Curve.constant(1e-6), move_s=1e-6)
 
-
-def patched(family: str = "olmoe", **options: Any) -> tuple[Any, DeviceTier]:
-    """A model whose single tokens are planned on a simulated device unless `planned=False`."""
-    model = options.pop("model", None) or build(family)
-    names = OffloadConfig.option_names()
-    config = {"debug": True, "device_memory": "50%", **{k: v for k, v in options.items() if k in names}}
-    settings = {
-        "triton": True,
-        "planned": True,
-        "headroom_bytes": 0,
-        "guarded": False,
-        "costs": ON_DEVICE,
-        "promoting": False,
-        **{k: v for k, v in options.items() if k not in names and k != "machine"},
-    }
-    device = SimulatedDevice(options.get("machine", Machine(latency_s=1e-5)), virtual=True)
-    patching.patch(model, OffloadConfig(**config), device=device, **settings)
-    tier = runtime_of(model).device
-    assert tier is not None
-    return model, tier
-
-
-def generate(model: Any, n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
-    prompt = torch.randint(3, 90, (1, 6), generator=torch.Generator().manual_seed(1))
-    found = model.generate(prompt, max_new_tokens=n, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    return found.sequences, torch.stack(found.logits)
-
-
-def test_a() -> None:
+@pytest.fixture(scope="module")
+def wanted() -> tuple[torch.Tensor, torch.Tensor]:
+    """What the same kernels give where the host decides about every layer's step."""
     model, tier = patched(planned=False)
-    wanted = generate(model)
+    found = generate(model)
+    assert set(tier.counts.ways) == {"exact"}
     moert.close(model)
-    model, tier = patched()
-    got = generate(model)
-    print(tier.counts, tier.why_not_planned)
-    assert torch.equal(got[0], wanted[0])
-    assert torch.equal(got[1], wanted[1])
-    print(moert.stats(model))
-    assert tier.counts.ways[PLANNED]
-    generate(model)
-    tier.settle()
+    return found
+
+
+@pytest.fixture
+def planned() -> Iterator[Callable[..., tuple[Any, DeviceTier]]]:
+    models = []
+
+    def make_one(**options: Any) -> tuple[Any, DeviceTier]:
+        models.append(patched(**options))
+        return models[-1]
+
+    yield make_one
+    for model, _ in models:
+        moert.close(model)
+
+
+def same(found: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for got, right in zip(found, wanted, strict=True):
+        assert torch.equal(got, right)
+
+
+def check_rows(tier: DeviceTier) -> None:
+    """Whoever the books call resident has its own bytes in its row."""
     tier.check_integrity()
-    assert torch.equal(generate(model)[1], wanted[1])
+    for cache in tier.caches:
+        assert len(cache.residency.residents) <= cache.residency.capacity
+        for expert in filter(cache.host.has, cache.residency.residents):
+            there = cache.bank.views(cache.row_of(expert))
+            for name, tensor in cache.host.weights(expert).items():
+                assert torch.equal(there[name], tensor), f"{expert} {name}"
+
+
+@pytest.mark.parametrize("policy", ["ema", "lru", "ema,alpha=0.2,burst=0"])
+@pytest.mark.parametrize("share", ["25%", "50%", "100%"])
+def test_tokens_are_those_that_the_host_decides_about(
+    wanted: Any, planned: Callable[..., Any], policy: str, share: str
+) -> None:
+    model, tier = planned(policy=policy, device_memory=share)
+    assert tier.planned.why_not is None
+    same(generate(model), wanted)
+    assert tier.counts.ways == {"exact": LAYERS, PLANNED: 5 * LAYERS}
+    check = moert.stats(model)
+    assert check.hits + check.misses == tier.counts.on_device
+    assert check.misses == tier.counts.fetched
+    assert (check.misses == 0) == (share == "100%")
+    tier.settle()
+    check_rows(tier)
+    # A prompt again, by the host, and tokens again, by the device.
+    same(generate(model), wanted)
+    tier.settle()
+    check_rows(tier)
+
+
+def test_no_token_waits_for_the_device(planned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tier = planned()
+    generate(model, n=2)
+    asked = []
+    to_host = SimulatedDevice.to_host
+    monkeypatch.setattr(SimulatedDevice, "to_host", lambda self, tensor: asked.append(1) or to_host(self, tensor))
+    cache = None
+    token = torch.tensor([[5]])
+    with torch.inference_mode():
+        for _ in range(3):
+            output = model(token, past_key_values=cache)
+            cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+    assert not asked and tier.is_planning
+    moert.stats(model)
+    assert asked
+
+
+def test_statistics_are_of_now_and_counted_once(planned: Callable[..., Any]) -> None:
+    model, tier = planned(device_memory="100%")
+    generate(model, n=4)
+    first = moert.stats(model)
+    assert (moert.stats(model).hits, moert.stats(model).misses) == (first.hits, first.misses)
+    assert tier.is_planning
+    moert.stats(model)
+    before = first.hits
+    with torch.inference_mode():
+        model(torch.tensor([[7]]))
+    assert moert.stats(model).hits == before + LAYERS * TOP_K
+    tier.settle()
+    assert moert.stats(model).hits == before + LAYERS * TOP_K
+
+
+def test_the_policy_learns_what_the_device_did(planned: Callable[..., Any]) -> None:
+    model, tier = planned()
+    seen: list[list[ExpertId]] = []
+    cache = tier.caches[0]
+    chosen: list[set[int]] = []
+    gate = model.model.layers[0].mlp.gate
+    handle = gate.register_forward_hook(lambda module, inputs, output: chosen.append({*output[-1].flatten().tolist()}))
+    generate(model, n=6)
+    handle.remove()
+    policy = cache.residency.policy
+    access = policy.access
+    policy.access = lambda event: seen.append(list(event)) or access(event)  # type: ignore[method-assign]
+    tier.settle()
+    # The prompt was the host's; the others come in their order.
+    assert [{expert.expert for expert in event} for event in seen] == chosen[1:]
+    assert len(seen) == 5
+
+
+def test_only_the_latest_events_are_told(planned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moert.runtime.device_planned.LOGGED", 3)
+    model, tier = planned()
+    generate(model, n=6)
+    seen = []
+    policy = tier.caches[1].residency.policy
+    policy.access = seen.append
+    tier.settle()
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "why_not"),
+    [
+        ({"policy": "lfu"}, "the policy lfu runs on the host only, unlike ema, lru"),
+        ({"triton": False}, "is computed by the CPU's kernels"),
+        ({"machine": Machine(reads_host=False)}, "cannot read host memory where it is"),
+        ({"machine": Machine(lockable_bytes=40_000)}, "is not in page-locked memory"),
+        ({"planned": False}, "it was not asked for"),
+    ],
+)
+def test_why_the_device_runs_nothing_by_itself(
+    planned: Callable[..., Any], options: dict[str, Any], why_not: str
+) -> None:
+    if "lockable_bytes" in str(options) and options.get("machine", Machine()).lockable_bytes is not None:
+        with pytest.warns(RuntimeWarning, match="page-locked here"):
+            model, tier = planned(**options)
+    else:
+        model, tier = planned(**options)
+    generate(model, n=3)
+    assert why_not in str(tier.planned.why_not)
+    assert PLANNED not in tier.counts.ways
+
+
+def loaded(folder: Path, **options: Any) -> tuple[Any, DeviceTier]:
+    config, device, rest = planned_support.settings(**options)
+    model = loading.load(folder, config, None, device=device, device_options=rest)
+    return model, tier_of(model)
+
+
+def test_experts_that_leave_host_memory_end_it(wanted: Any, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    model, tier = loaded(tmp_path, host_memory="100%")
+    same(generate(model), wanted)
+    assert tier.is_planning
+    moert.resize(model, host_memory="100%")
+    same(generate(model), wanted)
+    assert tier.is_planning
+    moert.resize(model, host_memory="50%")
+    assert not tier.is_planning
+    same(generate(model), wanted)
+    assert "host memory has room for 4 of 8 experts" in str(tier.planned.why_not)
+    check_rows(tier)
     moert.close(model)
+
+
+def test_experts_that_are_still_to_be_read_are_waited_for(wanted: Any, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    model, tier = loaded(tmp_path, host_memory="100%", preload=False)
+    same(generate(model), wanted)
+    assert tier.planned.why_not is None and not tier.is_planning
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            runtime_of(model).weights(layer, expert)
+    same(generate(model), wanted)
+    assert tier.is_planning
+    moert.close(model)
+
+
+def test_a_device_without_memory_for_it_leaves_it_to_the_host(
+    wanted: Any, planned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tier = planned()
+    experts = device_experts_module.device_experts
+    calls = []
+
+    def fails_once(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            # In the third step of these the planner has run, and nothing has been computed.
+            raise OutOfDeviceMemoryError("no memory")
+        return experts(*args, **kwargs)
+
+    monkeypatch.setattr(device_experts_module, "device_experts", fails_once)
+    monkeypatch.setattr(tier.device, "_engine", _Immediate(tier.device._engine))
+    same(generate(model), wanted)
+    assert len(calls) > 3
+    tier.settle()
+    check_rows(tier)
+
+
+class _Immediate:
+    """Launches happen at once, and what they raise is raised where they were asked for, as an allocation's is."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def submit(self, work: Any) -> None:
+        action, failure = work.action, []
+
+        def run() -> None:
+            try:
+                action()
+            except OutOfDeviceMemoryError as error:
+                failure.append(error)
+
+        work.action = run
+        self._engine.submit(work)
+        self._engine.drain()
+        if failure:
+            raise failure[0]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+def test_an_interrupt_costs_no_token(wanted: Any, planned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tier = planned()
+    generate(model, n=3)
+    run = tier.planned._passes.run
+
+    def interrupted(*args: Any) -> Any:
+        run(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tier.planned._passes, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt), torch.inference_mode():
+            model(torch.tensor([[7]]))
+    same(generate(model), wanted)
+    assert tier.is_planning
+    tier.settle()
+    check_rows(tier)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("planned_s", [0.005, 0.015])
+def test_it_is_used_where_it_is_seen_to_be_faster(planned_s: float) -> None:
+    clock = Clock()
+    ways = Ways("exact", clock)
+    used = []
+    for _ in range(600):
+        ways.begin(1)
+        used.append(ways.way)
+        clock.now += planned_s if ways.way == PLANNED else 0.01
+    assert PLANNED in used
+    assert (used[-100:].count(PLANNED) > 90) == (planned_s < 0.01)
+    assert ways.scheduler is not None
+    # More tokens at once are the host's.
+    for _ in range(300):
+        ways.begin(7)
+        clock.now += 0.01
+        assert ways.way != PLANNED
+    ways.do_not_plan(ever=True)
+    for _ in range(300):
+        ways.begin(1)
+        clock.now += 0.01
+        assert ways.way != PLANNED
+
+
+def test_guarded_it_is_a_way_among_others(wanted: Any, planned: Callable[..., Any]) -> None:
+    model, tier = planned(planned=None, guarded=True, costs=ON_DEVICE)
+    assert tier.planned.why_not is None
+    same(generate(model, n=6), wanted)
+    assert PLANNED not in tier.counts.ways, "a trial begins only when the way in use is known"

@@ -49,8 +49,9 @@ def test_rows_that_are_not_there_are_passed_over() -> None:
 
 
 def test_rows_that_lie_anywhere() -> None:
-    large = [host(torch.randint(-99, 99, (9000,), dtype=torch.int32)) for _ in range(4)]
-    small = [host(torch.randn(8, 4)) for _ in range(4)]
+    # As in files: at multiples of 8 and not of 16.
+    large = [host(torch.randint(-99, 99, (9002,), dtype=torch.int32))[2:] for _ in range(4)]
+    small = [host(torch.randn(34))[2:].view(8, 4) for _ in range(4)]
     destinations = [
         torch.full((5, 9000), -1, dtype=torch.int32, device=DEVICE),
         torch.full((5, 8, 4), torch.nan, device=DEVICE),
@@ -69,7 +70,7 @@ def test_rows_that_lie_anywhere() -> None:
 def test_rows_anywhere_that_do_not_fit() -> None:
     row, bank = torch.zeros(8), torch.zeros(3, 8, device=DEVICE)
     for rows, message in (
-        ([torch.zeros(9)[1:]], "at a multiple of 16"),
+        ([torch.zeros(9)[1:]], "at a multiple of 8"),
         ([torch.zeros(8, 2)[:, 0]], "contiguous"),
         ([torch.zeros(7)], r"\[7\] does not fit into torch.float32 \[8\]"),
         ([torch.zeros(8, dtype=torch.int32)], "int32"),

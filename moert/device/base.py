@@ -156,9 +156,9 @@ class Device(ABC):
 
     @abstractmethod
     def capture(self, work: Callable[[], object]) -> Graph:
-        """Note what `work` starts in the compute stream, and do nothing of it: tensors that it makes have their contents
-        after a replay. Blocks. Everything that it launches must have run once before, and no other thread may use the
-        compute stream meanwhile.
+        """Note what `work` starts in the compute stream, and do nothing of it: tensors that it makes have their
+        contents after a replay. Blocks. Everything that it launches must have run once before, and no other thread may
+        use the compute stream meanwhile.
 
         Raises:
             CaptureError: the work cannot be captured; nothing of it has happened.

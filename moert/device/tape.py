@@ -1,4 +1,4 @@
-"""What a CUDA graph does with work, done with torch's operations in host memory: notes them once, and does them again."""
+"""What a CUDA graph does, done with torch's operations in host memory: notes them once, and does them again."""
 
 from __future__ import annotations
 
@@ -74,6 +74,8 @@ class Tape(TorchDispatchMode):
         if name in _READS_VALUES:
             raise CaptureError(f"{name} waits for the device, which a graph cannot do")
         given = _tensors((args, kwargs))
+        if name.startswith("aten::index") and any(tensor.dtype is torch.bool for tensor in given[1:]):
+            raise CaptureError(f"{name} by a mask waits for the device, which a graph cannot do")
         self._keep(given)
         result = func(*args, **kwargs)
         results = _tensors(result)
@@ -101,10 +103,10 @@ class Tape(TorchDispatchMode):
 
 def _again(func: Any, args: Any, kwargs: Any, fresh: list[torch.Tensor], results: list[torch.Tensor]) -> None:
     again = _tensors(func(*args, **kwargs))
-    if fresh:
-        for before, now in zip(results, again, strict=True):
-            if any(before is tensor for tensor in fresh):
-                before.copy_(now)
+    for before, now in zip(results, again, strict=True):
+        # What an operation made to be resized by a later one has the later one's contents.
+        if any(before is tensor for tensor in fresh) and before.shape == now.shape:
+            before.copy_(now)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

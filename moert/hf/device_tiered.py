@@ -11,6 +11,7 @@ from moert.config import OffloadConfig
 from moert.device.base import Device
 from moert.errors import MoertError
 from moert.hf.experts import OffloadedExperts
+from moert.hf.graphed_forward import graph_passes
 from moert.hf.model import offloaded_modules
 from moert.runtime.device_building import attach_device
 from moert.runtime.device_tier import DeviceTier
@@ -70,6 +71,7 @@ def put_on_device(
     for module in offloaded_modules(model).values():
         module.__class__ = TieredExperts
     model.to(where)
+    graph_passes(model, runtime)
     return tier
 
 

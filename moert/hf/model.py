@@ -32,6 +32,11 @@ class Offloaded:
             "moert.unpatch(model) first, or copy the checkpoint it was loaded from"
         )
 
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What `generate` calls with a static cache on a GPU: the model as it is. Experts that come and go have no
+        place in what torch.compile makes; moert has graphs of its own."""
+        return self.__call__  # type: ignore[operator]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise MoertError("a model with offloaded experts cannot be copied: load it a second time, or unpatch it first")
 

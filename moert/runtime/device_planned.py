@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from moert.kernels.copy_rows import RowTable
     from moert.runtime.device_triton import RowByPick
 
-ALIGNMENT = 16
-"""Of what kernels copy."""
-
 LOGGED = 64
 """The latest events of each layer, which the host's policy is told of. Of what `ema` remembers they are five sixths."""
 
@@ -80,6 +77,8 @@ class PlannedPasses:
 
     def why_not(self) -> str | None:
         """Why it can never be entered with host memory as it is; None: it can, once it is ready."""
+        from moert.kernels.copy_rows import SCATTERED_ALIGNMENT
+
         for of in self._layers.values():
             host, spec = of.cache.host, of.cache.spec
             room = host.cache.residency.capacity
@@ -90,8 +89,9 @@ class PlannedPasses:
                 tensors = [weights[one.name] for one in of.cache.bank.specs]
                 if not all(map(self._pinned.is_locked, tensors)):
                     return f"expert {expert.expert} of {spec.name} is not in page-locked memory"
-                if any(tensor.data_ptr() % ALIGNMENT for tensor in tensors):
-                    return f"expert {expert.expert} of {spec.name} does not begin at a multiple of {ALIGNMENT} bytes"
+                if any(tensor.data_ptr() % SCATTERED_ALIGNMENT for tensor in tensors):
+                    where = f"at a multiple of {SCATTERED_ALIGNMENT} bytes"
+                    return f"expert {expert.expert} of {spec.name} does not begin {where}"
         return None
 
     def enter(self) -> None:

@@ -120,7 +120,7 @@ class LruPlanner(Planner):
         return [*self._tables(residents, free_rows), (self._state.stamps, stamps)]
 
 
-_PLANNERS: dict[type[Policy], type[EmaPlanner] | type[LruPlanner]] = {EMA: EmaPlanner, LRU: LruPlanner}
+_PLANNERS: dict[type[Policy], type[EmaPlanner | LruPlanner]] = {EMA: EmaPlanner, LRU: LruPlanner}
 
 
 def make_planner(

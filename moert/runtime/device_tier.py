@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
-from moert.device.base import Device, OutOfDeviceMemoryError
+from moert.device.base import Device, Graph, OutOfDeviceMemoryError
 from moert.runtime.compute import Compute, ExpertCompute, Fused, OneByOne, Scratch
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_costs import measure_costs
+from moert.runtime.device_counts import DeviceCounts
 from moert.runtime.device_kernels import Inputs, LayerKernels
 from moert.runtime.device_mailbox import Mailbox
 from moert.runtime.device_pinning import PinnedHost
 from moert.runtime.device_plan import plan_step
-from moert.runtime.device_planned import PlannedPasses
+from moert.runtime.device_planned_way import PlannedWay
 from moert.runtime.device_promoting import Promoting
 from moert.runtime.device_rows import RowBank
 from moert.runtime.device_step import DeviceStep, Machinery
 from moert.runtime.device_table import SlotTable
 from moert.runtime.device_transfers import DeviceTransfers
-from moert.runtime.device_ways import PLANNED, Ways
+from moert.runtime.device_ways import Ways
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.step import run_step
 from moert.schedule import Costs, Curve
@@ -34,21 +34,6 @@ Ranges = Callable[[], Iterable[tuple[int, int]]]
 
 _UNKNOWN = Costs(Curve.constant(1e-3), Curve.constant(1e-4), move_s=1e-3, read_s=1e-2)
 """As long as nothing is in host memory that could be tried."""
-
-
-@dataclass
-class DeviceCounts:
-    """What the steps have done so far, in experts."""
-
-    on_device: int = 0
-    fetched: int = 0
-    on_cpu: int = 0
-    halved: int = 0
-    """How often a step was cut in two because the device had no memory for it."""
-    without: int = 0
-    """Steps that the CPU computed alone because the device had none even for one token."""
-    ways: dict[str, int] = field(default_factory=dict)
-    """Steps that went by each scheduler, or were planned on the device."""
 
 
 class DeviceTier:
@@ -96,13 +81,10 @@ class DeviceTier:
         self._warned: set[str] = set()
         self.counts = DeviceCounts()
         self.pinned.lock(ranges())
-        self._planned: PlannedPasses | None = None
-        self.why_not_planned: str | None = "it was not asked for"
+        self.planned = PlannedWay(self.ways, self.counts)
+        """Passes that the device runs by itself."""
         if planned is not False:
-            try:
-                self._planned = PlannedPasses(device, self.caches, self._kernels, self.pinned, self.transfers)
-            except (ValueError, ImportError) as error:
-                self._never_plan(str(error))
+            self.planned.make(device, self.caches, self._kernels, self.pinned, self.transfers)
 
     @property
     def banks(self) -> list[RowBank]:
@@ -128,79 +110,44 @@ class DeviceTier:
             DeviceLostError: the device is gone; so is the model.
         """
         if layer == 0:
-            self.ways.begin(len(hidden))
+            self.planned.pass_begins(len(hidden))
         if scores is not None:
             self.caches[layer].residency.policy.observe_scores(self.caches[layer].spec.index, scores)
         hidden, ids, weights = hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
         if not len(hidden):
             return hidden.clone()
-        if self._is_planned(layer, ids):
-            out = self._run_planned(layer, hidden, ids, weights)
+        if self.planned.takes(self.caches[layer].spec, ids):
+            out = self.planned.run(layer, hidden, ids, weights)
             if out is not None:
                 return out
+            self._reset_banks()
         return self._run_parts(layer, compute, hidden, ids, weights)
 
-    def _is_planned(self, layer: int, ids: torch.Tensor) -> bool:
-        """Whether the device runs this step by itself; all that the host has to know else, it knows then."""
-        planned = self._planned
-        if planned is None:
-            return False
-        if self.ways.way == PLANNED and ids.shape == (1, self.caches[layer].spec.top_k):
-            if planned.is_entered:
-                return True
-            if layer == 0 and self._enter():
-                return True
-        self.settle()
-        self.ways.do_not_plan()
-        return False
+    @property
+    def is_planning(self) -> bool:
+        """Whether the device runs passes of one token by itself now."""
+        return self.planned.is_on
 
-    def _enter(self) -> bool:
-        assert self._planned is not None
-        why_not = self._planned.why_not()
-        if why_not is None and self._planned.is_ready:
-            try:
-                self._planned.enter()
-            except ValueError as error:
-                why_not = str(error)
-            else:
-                self.ways.forget()  # it is not what a pass takes
-                return True
-        if why_not is not None:
-            self._never_plan(why_not)
-        return False
+    def begin_planned(self) -> bool:
+        """A pass of one token begins; whether a graph of it may be replayed. If not, `run` knows that it has begun."""
+        return self.planned.begin()
 
-    def _never_plan(self, why_not: str) -> None:
-        self._planned, self.why_not_planned = None, why_not
-        self.ways.do_not_plan(ever=True)
+    @property
+    def has_begun(self) -> bool:
+        """Whether the pass that begins has been told of already, or is none."""
+        return self.planned.has_begun
 
-    def _run_planned(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor | None:
-        """None: there was no memory for it, and the host knows what there is to know."""
-        assert self._planned is not None
-        try:
-            out = self._planned.run(layer, hidden, ids, weights)
-        except OutOfDeviceMemoryError:
-            self._planned.abandon()
-            self._reset_banks()
-            self.ways.do_not_plan()
-            return None
-        self.counts.ways[PLANNED] = self.counts.ways.get(PLANNED, 0) + 1
-        return out
+    def capture(self, work: Callable[[], object]) -> Graph:
+        """Make a graph of a pass while the device runs them by itself; see `Device.capture`."""
+        return self.planned.capture(work)
 
     def count(self) -> None:
         """Bring all counts up to date; blocks until the device has got there if it runs passes by itself."""
-        if self._planned is not None and self._planned.is_entered:
-            uses, misses = self._planned.count()
-            self.counts.on_device += uses
-            self.counts.fetched += misses
+        self.planned.count()
 
     def settle(self) -> None:
         """Have the host know everything that there is to know; blocks as `count`."""
-        if self._planned is not None and self._planned.is_entered:
-            self.count()
-            self._planned.leave()
-            self.ways.forget()
+        self.planned.settle()
 
     def _run_parts(
         self, layer: int, compute: Compute, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
@@ -363,8 +310,7 @@ class DeviceTier:
     def before_host_changes(self) -> None:
         """Host memory is going to be moved or given back: wait until nothing is copied from it, unlock its pages."""
         self.settle()
-        if self._planned is not None:
-            self._planned.forget_addresses()
+        self.planned.forget_addresses()
         self.transfers.drain()
         self.pinned.unlock()
 
@@ -385,10 +331,7 @@ class DeviceTier:
         self.transfers.recover()
         for cache in self.caches:
             cache.recover()
-        if self._planned is not None:
-            self._planned.forget_addresses()
-            if self._planned.is_entered:
-                self._planned.abandon()
+        self.planned.recover()
         self._reset_banks()
         self._table.forget()
         self._machinery.mailbox.forget()

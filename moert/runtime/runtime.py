@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from moert.config import Budget, OffloadConfig
+from moert.device.base import CaptureError, Graph
 from moert.errors import MoertError
 from moert.kernels.moe_block import BlockOutput, ExpertTable
 from moert.kernels.token_layer import LayerOutput
@@ -112,7 +113,7 @@ class OffloadRuntime(UsedAlone):
         """
         if self._sizing is not None:
             self._sizing.relieve()
-        if layer == 0:
+        if layer == 0 and not (self.device is not None and self.device.has_begun):
             self._pace.begin(len(hidden))
         return self._step(layer, compute, hidden, top_k_index, top_k_weights, scores)
 
@@ -228,6 +229,38 @@ class OffloadRuntime(UsedAlone):
         cache = self.layers[layer]
         assert isinstance(cache, DeviceLayer)
         return cache.run(own_forward, hidden, top_k_index, top_k_weights)
+
+    @property
+    def is_planning(self) -> bool:
+        """Whether a device runs passes of one token by itself now; asked at any time, without waiting for another
+        use."""
+        return self.device is not None and self.device.is_planning
+
+    @whole
+    def begin_planned(self) -> bool:
+        """A pass of one token begins, which the caller replays by a graph if this returns True, else runs as ever.
+
+        Raises:
+            MoertError: the runtime has been closed.
+        """
+        if self._sizing is not None:
+            self._sizing.relieve()
+        assert self.device is not None
+        self._pace.begin(1)
+        return self.device.begin_planned()
+
+    def capture(self, work: Callable[[], object]) -> Graph:
+        """Make a graph of a pass that the device runs by itself; see `Device.capture`. Steps within it count nothing.
+
+        Raises:
+            MoertError: the runtime has been closed.
+            CaptureError, OutOfDeviceMemoryError: there is none.
+        """
+        with self.alone():
+            if not self.is_planning:
+                raise CaptureError("the device does not run passes by itself any more")
+            assert self.device is not None
+            return self.device.capture(work)
 
     def enters(self, layer: int) -> bool:
         """Whether `enter` would do anything; asked at any time, without waiting for another use."""

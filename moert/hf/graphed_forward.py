@@ -1,0 +1,235 @@
+"""A token's whole pass over a device as one graph: the host starts it, and nothing of the model's Python runs."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, StaticLayer
+from transformers.utils.generic import ModelOutput
+
+from moert.device.base import CaptureError, Graph, OutOfDeviceMemoryError
+from moert.errors import MoertError
+from moert.hf.own_forward import OwnForward, is_recorded
+from moert.hf.unchanged import Unchanged
+from moert.runtime.runtime import OffloadRuntime
+
+WARM_UPS = 2
+"""Passes before a graph is captured: what is compiled or allocated at first must have been."""
+
+
+class GraphedForward(OwnForward):
+    """Stands in the `forward` of a whole model whose experts come to a device as they are needed.
+
+    Passes of one token over a cache of fixed size, between which only tensors' contents change, are captured once and
+    then replayed, while the device runs its passes by itself (`moert.runtime.device_planned`). Anything else is
+    computed by the class's own code. Results are new memory at each call.
+
+    For `generate(cache_implementation="static")`, or any `StaticCache`.
+    """
+
+    def __init__(self, module: nn.Module, runtime: OffloadRuntime) -> None:
+        super().__init__(module)
+        self._runtime = runtime
+        self._forward = type(module).forward
+        self._names = list(inspect.signature(self._forward).parameters)[1:]
+        self._signature: tuple[Any, ...] | None = None
+        self._seen = 0
+        self._pass: _Pass | None = None
+        self.captured = 0
+        """Graphs so far."""
+        self.replayed = 0
+        """Passes so far that were replays."""
+        self.why_not: str | None = None
+        """Why the latest attempt to capture one failed."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class's forward."""
+        module = self.module()
+        own = type(module).forward
+        if args and len(args) <= len(self._names):
+            kwargs |= dict(zip(self._names, args, strict=False))
+            args = ()
+        if args or own is not self._forward or not self._is_usual(module, kwargs):
+            return own(module, *args, **kwargs)
+        signature = _signature(kwargs)
+        if signature != self._signature or not (self._pass is None or self._pass.takes(kwargs["past_key_values"])):
+            # One at a time: the memory of its pass is the graph's own.
+            self._signature, self._seen, self._pass, self.why_not = signature, 0, None, None
+        if self._pass is None and self._seen >= WARM_UPS and self.why_not is None:
+            self._capture(module, kwargs)
+        if self._pass is not None and self._pass.holds and self._runtime.begin_planned():
+            self.replayed += 1
+            return self._pass.run(kwargs)
+        output = own(module, **kwargs)
+        self._seen += self._runtime.is_planning
+        return output
+
+    def _is_usual(self, module: nn.Module, arguments: dict[str, Any]) -> bool:
+        if not self._runtime.is_planning or module.training or torch.is_grad_enabled() or is_recorded():
+            return False
+        ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+        return (
+            isinstance(ids, torch.Tensor)
+            and ids.shape == (1, 1)
+            and isinstance(cache, Cache)
+            and all(map(_is_fixed, cache.layers))
+        )
+
+    def _capture(self, module: nn.Module, arguments: dict[str, Any]) -> None:
+        try:
+            self._pass = _Pass(self._runtime, module, self._forward, arguments)
+            self.captured += 1
+        except (CaptureError, OutOfDeviceMemoryError) as error:
+            self.why_not = str(error)
+            warnings.warn(
+                f"a token's pass cannot be made a graph, so each of its kernels is started one by one: {error}",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+
+class _Pass:
+    """A graph, the tensors that it reads its inputs from, and what it gives."""
+
+    def __init__(self, runtime: OffloadRuntime, module: nn.Module, forward: Any, arguments: dict[str, Any]) -> None:
+        """
+        Raises:
+            CaptureError: the pass waits for the device, or somebody looks at what happens within it.
+            OutOfDeviceMemoryError: there is no memory for it.
+        """
+        cache = arguments["past_key_values"]
+        self._cache = weakref.ref(cache)
+        self._states = [_states(layer) for layer in cache.layers]
+        # Written to at each replay, in whatever mode that is.
+        with torch.inference_mode(False):
+            inputs = _mapped(arguments, torch.Tensor.clone)
+        self._unchanged = _unchanged(module)
+        found: list[Any] = []
+        self._graph: Graph = runtime.capture(lambda: found.append(forward(module, **inputs)))
+        if not isinstance(found[0], (ModelOutput, tuple)):
+            raise CaptureError(f"a pass gives {type(found[0]).__name__}, which is no output of transformers")
+        self._kind = type(found[0])
+        # The cache itself is its user's, and nobody else's.
+        output = dict(found[0]) if isinstance(found[0], ModelOutput) else dict(enumerate(found[0]))
+        self._output = {name: None if item is cache else item for name, item in output.items()}
+        self._gives_cache = [name for name, item in output.items() if item is cache]
+        self._inputs = {name: item for name, item in inputs.items() if item is not cache}
+
+    @property
+    def holds(self) -> bool:
+        """Whether the model is what it was and nobody wants to see what happens in it."""
+        return self._unchanged.holds
+
+    def takes(self, cache: Cache) -> bool:
+        """Whether the pass can go on in `cache`: the one it was captured with, or, when that is gone, another of its
+        shape, whose tensors are then the graph's."""
+        before = self._cache()
+        if before is not None:
+            return before is cache
+        states = [_states(layer) for layer in cache.layers]
+        if [_shapes(state) for state in states] != [_shapes(state) for state in self._states]:
+            return False
+        for layer, mine, given in zip(cache.layers, self._states, states, strict=True):
+            for name, tensor in mine.items():
+                tensor.copy_(given[name])
+                setattr(layer, name, tensor)
+        self._cache = weakref.ref(cache)
+        return True
+
+    def run(self, arguments: dict[str, Any]) -> Any:
+        """Do the pass; the output is new memory."""
+        _copy(self._inputs, arguments)
+        self._graph.replay()
+        output = _mapped(self._output, torch.Tensor.clone)
+        output.update(dict.fromkeys(self._gives_cache, arguments["past_key_values"]))
+        return self._kind(**output) if issubclass(self._kind, ModelOutput) else self._kind(output.values())
+
+
+def _states(layer: Any) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {name: (tensor.shape, tensor.dtype, tensor.device) for name, tensor in state.items()}
+
+
+def _is_fixed(layer: Any) -> bool:
+    """Whether a layer of a cache is tensors that are written to in place, and no other state."""
+    is_static = type(layer) is StaticLayer and layer.is_initialized
+    return is_static and isinstance(layer.cumulative_length, torch.Tensor)
+
+
+def _signature(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """What must be equal in two passes for the one's graph to be the other's."""
+    found: list[Any] = []
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found.append((name, value.shape, value.dtype, value.device))
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                add(f"{name}.{key}", item)
+        elif isinstance(value, Cache):
+            found.append((name, type(value)))
+        else:
+            # Whatever is no number or text had better be the same object.
+            is_plain = value is None or isinstance(value, (bool, int, float, str))
+            found.append((name, value if is_plain else id(value)))
+
+    for name, value in arguments.items():
+        add(name, value)
+    return tuple(found)
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    """A copy of nested dicts and tuples with their tensors changed; caches stay what they are."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(item, change) for item in value)
+    return value
+
+
+def _copy(into: dict[str, Any], values: dict[str, Any]) -> None:
+    for name, item in into.items():
+        if isinstance(item, torch.Tensor):
+            item.copy_(values[name])
+        elif isinstance(item, dict):
+            _copy(item, values[name])
+
+
+def _unchanged(module: nn.Module) -> Unchanged:
+    """All that a graph takes for granted of a model.
+
+    Raises:
+        CaptureError: hooks look at what happens within it, which a replay would not show them.
+    """
+    parts = Unchanged()
+    for path, child in module.named_modules():
+        parts.add_ways(child)
+        parts.add_tensors(child)
+        parts.add_hooks(child)
+        # The passes of models within the model are part of its own.
+        is_seen = bool(child._forward_hooks or child._forward_pre_hooks) and not isinstance(child, PreTrainedModel)
+        if is_seen or hasattr(child, "_hf_hook"):
+            raise CaptureError(f"{path} has hooks, which a graph would not call")
+    return parts
+
+
+def graph_passes(model: nn.Module, runtime: OffloadRuntime) -> None:
+    """Have `model` replay passes of one token as graphs, where that can be. Undone as every `OwnForward` is.
+
+    Raises:
+        MoertError: somebody else has given the model a forward of its own.
+    """
+    if "forward" in vars(model):
+        raise MoertError(f"{type(model).__name__} has a forward of its own instance already")
+    model.forward = GraphedForward(model, runtime)

@@ -1,0 +1,159 @@
+"""When a device runs passes by itself, and when the host has to know again what is where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from moert.device.base import Device, Graph, OutOfDeviceMemoryError
+from moert.runtime.device_cache import DeviceCache
+from moert.runtime.device_counts import DeviceCounts
+from moert.runtime.device_kernels import LayerKernels
+from moert.runtime.device_pinning import PinnedHost
+from moert.runtime.device_planned import PlannedPasses
+from moert.runtime.device_transfers import DeviceTransfers
+from moert.runtime.device_ways import PLANNED, Ways
+from moert.runtime.layer import LayerSpec
+
+
+class PlannedWay:
+    """Goes by `PlannedPasses` for the passes that `ways` wants to run so, and leaves it for every other use."""
+
+    def __init__(self, ways: Ways, counts: DeviceCounts) -> None:
+        """It takes no pass until it is made."""
+        self._ways, self._counts = ways, counts
+        self._passes: PlannedPasses | None = None
+        self._device: Device | None = None
+        self._layers = 0
+        self.why_not: str | None = "it was not asked for"
+        """Why the device will run no pass by itself; None: it may."""
+        self._has_begun = False
+        self._is_captured = False
+
+    def make(
+        self,
+        device: Device,
+        caches: Sequence[DeviceCache],
+        kernels: Sequence[LayerKernels],
+        pinned: PinnedHost,
+        transfers: DeviceTransfers,
+    ) -> None:
+        """Get ready, if it can be done at all."""
+        try:
+            self._passes = PlannedPasses(device, caches, kernels, pinned, transfers)
+        except (ValueError, ImportError) as error:
+            self._never(str(error))
+            return
+        self._device, self._layers, self.why_not = device, len(caches), None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the host's books are not to be relied upon."""
+        return self._passes is not None and self._passes.is_entered
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the pass that begins has been told of already, or is none."""
+        return self._has_begun or self._is_captured
+
+    def pass_begins(self, tokens: int) -> None:
+        """The first layer of a pass is to run."""
+        if not self.has_begun:
+            self._ways.begin(tokens)
+        self._has_begun = False
+
+    def begin(self) -> bool:
+        """A pass of one token begins, before its first layer; whether a graph may do all of it."""
+        self._ways.begin(1)
+        is_planned = self.is_on and self._ways.way == PLANNED
+        if is_planned:
+            self._count_steps(self._layers)
+        self._has_begun = not is_planned
+        return is_planned
+
+    def takes(self, spec: LayerSpec, ids: torch.Tensor) -> bool:
+        """Whether a step is run here. If not, the host knows everything there is to know when this returns."""
+        if self._passes is None:
+            return False
+        if self._is_captured:
+            return True
+        is_wanted = self._ways.way == PLANNED and ids.shape == (1, spec.top_k)
+        if is_wanted and (self.is_on or (spec.index == 0 and self._enter())):
+            return True
+        self.settle()
+        self._ways.do_not_plan()
+        return False
+
+    def _enter(self) -> bool:
+        assert self._passes is not None
+        why_not = self._passes.why_not()
+        if why_not is None and self._passes.is_ready:
+            try:
+                self._passes.enter()
+            except ValueError as error:
+                why_not = str(error)
+            else:
+                self._ways.forget()  # this takes longer than a pass
+                return True
+        if why_not is not None:
+            self._never(why_not)
+        return False
+
+    def _never(self, why_not: str) -> None:
+        self._passes, self.why_not = None, why_not
+        self._ways.do_not_plan(ever=True)
+
+    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
+        """See `PlannedPasses.run`; None: there was no memory for it, no expert is resident any more, and rows are
+        nobody's."""
+        assert self._passes is not None
+        if self._is_captured:
+            return self._passes.run(layer, hidden, ids, weights)
+        try:
+            out = self._passes.run(layer, hidden, ids, weights)
+        except OutOfDeviceMemoryError:
+            self._passes.abandon()
+            self._ways.do_not_plan()
+            return None
+        self._count_steps(1)
+        return out
+
+    def _count_steps(self, steps: int) -> None:
+        self._counts.ways[PLANNED] = self._counts.ways.get(PLANNED, 0) + steps
+
+    def capture(self, work: Callable[[], object]) -> Graph:
+        """Make a graph of a pass that is run here; its steps count as none."""
+        assert self._device is not None and self.is_on
+        self._ways.forget()  # this takes longer than a pass
+        self._is_captured = True
+        try:
+            return self._device.capture(work)
+        finally:
+            self._is_captured = False
+
+    def count(self) -> None:
+        """Bring all counts up to date; blocks until the device has got there."""
+        if self._passes is not None and self._passes.is_entered:
+            uses, misses = self._passes.count()
+            self._counts.on_device += uses
+            self._counts.fetched += misses
+
+    def settle(self) -> None:
+        """Have the host know everything that there is to know; blocks until the device has got there."""
+        if self._passes is not None and self._passes.is_entered:
+            self.count()
+            self._passes.leave()
+            self._ways.forget()
+
+    def forget_addresses(self) -> None:
+        """Host memory has moved, or is going to."""
+        if self._passes is not None:
+            self._passes.forget_addresses()
+
+    def recover(self) -> None:
+        """After an interrupt that came nobody knows where: what the device was changing is lost."""
+        self._has_begun = self._is_captured = False
+        self.forget_addresses()
+        if self._passes is not None and self._passes.is_entered:
+            self._passes.abandon()
