@@ -47,7 +47,9 @@ class Rows:
         self.rows.append({**row, **more})
         self._write()
         number = "not taken" if value is None else f"{value:.4g} {unit}"
-        notes = "  ".join(f"{key}={_short(item)}" for key, item in more.items() if not isinstance(item, dict | None))
+        notes = "  ".join(
+            f"{key}={_short(item)}" for key, item in more.items() if not isinstance(item, dict | list | None)
+        )
         print(f"{goal:4} {what:<58} {number:<18} {notes}", flush=True)
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""A search for the tables of block sizes: `kernels/configs.py` and `kernels/grouped_configs.py`."""
+"""A search for the tables of block sizes; gpu_tables.py puts what it finds into them."""
 
 from __future__ import annotations
 
@@ -7,30 +7,26 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 from gpu_layers import FORMATS, Routing, Setting, make_bank, make_routing
 from gpu_results import Rows
+from gpu_tables import WORTH_IT, Config
 from gpu_timing import Call, race
 
 from moert.kernels._samples import sample_banks, sample_step
 from moert.kernels.bank import Bank
-from moert.kernels.configs import DecodeConfig, decode_config
+from moert.kernels.configs import DecodeConfig, decode_config, decode_kind
 from moert.kernels.decode_down import _launch as decode_down
 from moert.kernels.decode_gate_up import _launch as decode_gate_up
 from moert.kernels.dispatch import dispatch
-from moert.kernels.grouped_configs import GroupedConfig, grouped_config, sample_blocks
+from moert.kernels.grouped_configs import GroupedConfig, grouped_config, grouped_kind, sample_blocks
 from moert.kernels.grouped_down import _launch as grouped_down
 from moert.kernels.grouped_gate_up import _launch as grouped_gate_up
 from moert.kernels.grouped_gate_up import runs_on
-
-Config = DecodeConfig | GroupedConfig
-
-WORTH_IT = 1.03
-"""Times the table's own: more than timing the same twice differs."""
 
 DIFFERENT = 2e-2
 """Results with other block sizes differ by rounding alone."""
@@ -44,7 +40,12 @@ class Search:
     choice: str
     block_m: int
     """0 for the decode kernels."""
+    module: str
+    """Of `moert.kernels`, with the table."""
+    keys: tuple[Any, ...]
+    """Of the entry, from the outermost table on."""
     candidates: tuple[Config, ...]
+    """The entry's own comes first."""
 
     @property
     def label(self) -> str:
@@ -68,7 +69,8 @@ def searches(setting: Setting) -> Iterator[Search]:
             ("decode_down", down, matrix.down),
         ):
             table = decode_config(kernel, of, capability)
-            yield Search(kernel, choice, 0, _cut([table, *configs], setting))
+            keys = ((kernel, decode_kind(of)), capability)
+            yield Search(kernel, choice, 0, "configs", keys, _cut([table, *configs], setting))
     for choice, block_m in (("bf16", 128), ("bf16", 64), ("bf16", 16), ("int4", 128), ("mxfp4", 128), ("bf16", 32)):
         if setting.is_dry and (choice, block_m) != ("bf16", 16):
             continue
@@ -82,7 +84,8 @@ def searches(setting: Setting) -> Iterator[Search]:
             matrix = sample_banks()[choice]
             of = matrix.up if name == "gate_up" else matrix.down
             table = grouped_config(name, of, block_m, torch.bfloat16, capability)
-            yield Search(kernel, choice, block_m, _cut([table, *grouped], setting))
+            keys = ((name, grouped_kind(of, torch.bfloat16)), block_m, capability)
+            yield Search(kernel, choice, block_m, "grouped_configs", keys, _cut([table, *grouped], setting))
 
 
 def _cut(configs: Sequence[Config], setting: Setting) -> tuple[Config, ...]:
@@ -172,6 +175,7 @@ def _search(setting: Setting, rows: Rows, search: Search, bank: Bank) -> None:
         tokens = min(tokens, 8)
     routings = [make_routing(setting, tokens) for _ in range(1 if setting.is_dry or search.block_m else 16)]
     calls: dict[str, list[Call]] = {}
+    configs = {_text(config): config for config in search.candidates}
     wanted: torch.Tensor | None = None
     for config in search.candidates:
         launches = [_launch(search, bank, routing, config) for routing in routings]
@@ -202,7 +206,9 @@ def _search(setting: Setting, rows: Rows, search: Search, bank: Bank) -> None:
         config=best,
         table=own,
         gain=gain,
-        all={name: time.us for name, time in taken.items()},
+        entry={"module": search.module, "keys": search.keys},
+        own=_values(search.candidates[0]),
+        candidates=[{"config": _values(configs[name]), "us": time.us} for name, time in taken.items()],
     )
 
 
@@ -220,6 +226,9 @@ def _output(launch: Any, setting: Setting) -> torch.Tensor:
     return out
 
 
+def _values(config: Config) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config).items() if name != "origin"}
+
+
 def _text(config: Config) -> str:
-    fields = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "origin"}
-    return ", ".join(f"{name}={value}" for name, value in fields.items())
+    return ", ".join(f"{name}={value}" for name, value in _values(config).items())

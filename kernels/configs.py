@@ -39,32 +39,30 @@ class DecodeConfig:
         )
 
 
-_GATE_UP: dict[tuple[str, int], DecodeConfig] = {
-    ("plain", 80): DecodeConfig(block_n=8, block_k=256),
-    ("transposed", 80): DecodeConfig(block_n=64, block_k=32),
-    ("int8", 80): DecodeConfig(block_n=8, block_k=512),
-    ("int4", 80): DecodeConfig(block_n=8, block_k=512),
-    ("fp8", 80): DecodeConfig(block_n=8, block_k=512),
-    ("mxfp4", 80): DecodeConfig(block_n=8, block_k=512),
+_TABLES: dict[tuple[str, str], dict[int, DecodeConfig]] = {
+    ("decode_gate_up", "plain"): {80: DecodeConfig(8, 256)},
+    ("decode_gate_up", "transposed"): {80: DecodeConfig(64, 32)},
+    ("decode_gate_up", "int8"): {80: DecodeConfig(8, 512)},
+    ("decode_gate_up", "int4"): {80: DecodeConfig(8, 512)},
+    ("decode_gate_up", "fp8"): {80: DecodeConfig(8, 512)},
+    ("decode_gate_up", "mxfp4"): {80: DecodeConfig(8, 512)},
+    ("decode_down", "plain"): {80: DecodeConfig(4, 256, block_picks=4)},
+    ("decode_down", "transposed"): {80: DecodeConfig(64, 16, block_picks=4)},
+    ("decode_down", "int8"): {80: DecodeConfig(4, 256, block_picks=4)},
+    # On 120 four picks at a time spill: int4 and mxfp4 with triton 3.6, fp8 with 3.7.
+    ("decode_down", "int4"): {80: DecodeConfig(4, 256, block_picks=4), 120: DecodeConfig(8, 256, block_picks=2)},
+    ("decode_down", "fp8"): {80: DecodeConfig(4, 256, block_picks=4), 120: DecodeConfig(8, 256, block_picks=2)},
+    ("decode_down", "mxfp4"): {80: DecodeConfig(4, 256, block_picks=4), 120: DecodeConfig(8, 256, block_picks=2)},
 }
-
-_DOWN: dict[tuple[str, int], DecodeConfig] = {
-    ("plain", 80): DecodeConfig(block_n=4, block_k=256, block_picks=4),
-    ("transposed", 80): DecodeConfig(block_n=64, block_k=16, block_picks=4),
-    ("int8", 80): DecodeConfig(block_n=4, block_k=256, block_picks=4),
-    ("int4", 80): DecodeConfig(block_n=4, block_k=256, block_picks=4),
-    ("fp8", 80): DecodeConfig(block_n=4, block_k=256, block_picks=4),
-    ("mxfp4", 80): DecodeConfig(block_n=4, block_k=256, block_picks=4),
-    # Four picks at a time spill here.
-    ("fp8", 120): DecodeConfig(block_n=8, block_k=256, block_picks=2),
-}
-
-_TABLES = {"decode_gate_up": _GATE_UP, "decode_down": _DOWN}
+"""Kernel and kind of weight -> compute capability -> entry."""
 
 
 def decode_config(kernel: str, matrix: BankMatrix, capability: int) -> DecodeConfig:
     """The entry for "decode_gate_up" or "decode_down" with weights as `matrix` has them, not yet fitted to its size."""
-    kind = "transposed" if matrix.transposed else matrix.format
-    table = _TABLES[kernel]
-    known = [entry for name, entry in table if name == kind and entry <= capability]
-    return table[kind, max(known)]
+    entries = _TABLES[kernel, decode_kind(matrix)]
+    return entries[max(known for known in entries if known <= capability)]
+
+
+def decode_kind(matrix: BankMatrix) -> str:
+    """By which the table has weights such as `matrix`."""
+    return "transposed" if matrix.transposed else matrix.format

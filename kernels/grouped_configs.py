@@ -52,7 +52,7 @@ def block_m_for(picks: int, experts: int, capability: int) -> int:
 
 def grouped_config(kernel: str, matrix: BankMatrix, block_m: int, dtype: torch.dtype, capability: int) -> GroupedConfig:
     """The entry for "gate_up" or "down" with such weights and activations, not yet fitted to their size."""
-    table = _TABLES[kernel, _kind(matrix, dtype)]
+    table = _TABLES[kernel, grouped_kind(matrix, dtype)]
     entries = table[max(size for size in table if size <= max(block_m, 16))]
     return entries.get(capability) or entries.get(_like(capability)) or entries[80]
 
@@ -71,7 +71,8 @@ def check_blocks(blocks: Blocks, experts: tuple[int, int] | None, device: torch.
     return begin, end
 
 
-def _kind(matrix: BankMatrix, dtype: torch.dtype) -> str:
+def grouped_kind(matrix: BankMatrix, dtype: torch.dtype) -> str:
+    """By which the table has weights such as `matrix` with activations of `dtype`."""
     if dtype == torch.float32:
         return "fp32"
     return "transposed" if matrix.transposed else "plain" if matrix.format == "plain" else "codes"

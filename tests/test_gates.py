@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, SUPPORTED_FAMILIES, skeleton
 from torch import nn
+from transformers import GptOssConfig
 
 from moert.errors import ConfigError
 from moert.hf.adapters import ExpertsAdapter, find_experts
@@ -24,6 +26,8 @@ PLAIN = Gate()
 GELU = Gate("gelu_tanh")
 CLAMPED = Gate(gate_limit=1.0, up_limit=1.0)
 GPT_OSS = Gate(alpha=1.702, gate_limit=1.0, up_limit=1.0, up_offset=1.0)
+# In transformers 5.17 the limit of these two is no field of their configs.
+FIXED = {} if hasattr(GptOssConfig(), "swiglu_limit") else {"gate_limit": 7.0, "up_limit": 7.0}
 
 # The tiny models have limits of 1.0, and step3p7 another in each layer.
 NOT_PLAIN: dict[str, list[Gate]] = {
@@ -32,12 +36,12 @@ NOT_PLAIN: dict[str, list[Gate]] = {
     "gemma4": [GELU],
     "gemma4+vl": [GELU],
     "glm5_next": [CLAMPED],
-    "gpt_oss": [Gate(interleaved=True, alpha=1.702, gate_limit=1.0, up_limit=1.0, up_offset=1.0)],
+    "gpt_oss": [replace(GPT_OSS, interleaved=True, **FIXED)],
     "hy_v4": [CLAMPED],
     "minimax_m3_vl": [GPT_OSS],
     "minimax_m3_vl+vl": [GPT_OSS],
     "nemotron_h": [Gate("relu2", gated=False)],
-    "openai_privacy_filter": [GPT_OSS],
+    "openai_privacy_filter": [replace(GPT_OSS, **FIXED)],
     "step3p7": [Gate(up_limit=0.25, output_limit=0.25), Gate(up_limit=0.5, output_limit=0.5), PLAIN],
 }
 # Its softcaps are tanh, of the gate and of what it is multiplied with.

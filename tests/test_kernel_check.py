@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_growth_over_the_baseline_is_said() -> None:
 
     def grown(registers: int, shared: int) -> list[str]:
         result = {"kernel": "k", "capability": 90, "registers": registers, "shared": shared, "wrong": []}
-        kernel_check.check_growth(result, {"k 90": [100, 1000]})
+        assert kernel_check.check_growth(result, {"k 90": [100, 1000]})
         return result["wrong"]
 
     assert grown(110, 1100) == []
@@ -89,11 +90,45 @@ def test_growth_over_the_baseline_is_said() -> None:
 
 
 @pytest.mark.usefixtures("bench_on_path")
+def test_nothing_is_held_against_a_baseline_of_another_triton(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import kernel_check
+    import triton
+
+    def sizes(jobs: list[tuple[str, int]], processes: int) -> list[dict[str, Any]]:
+        return [{"kernel": name, "capability": at, "registers": 200, "shared": 0, "wrong": []} for name, at in jobs]
+
+    def ran(version: str, *options: str) -> tuple[int, str, dict[str, Any]]:
+        kept = {"triton": version, "sizes": {"one 90": [100, 0], "another 90": [7, 7]}}
+        kernel_check.BASELINE.write_text(json.dumps(kept))
+        monkeypatch.setattr(sys, "argv", ["kernel_check.py", "--only", "one", "--capabilities", "90", *options])
+        code = kernel_check.main()
+        return code, capsys.readouterr().out.splitlines()[-1], json.loads(kernel_check.BASELINE.read_text())["sizes"]
+
+    monkeypatch.setattr(kernel_check, "BASELINE", tmp_path / "baseline.json")
+    monkeypatch.setattr(kernel_check, "results", sizes)
+    monkeypatch.setattr(kernel_check, "specs", lambda capability: ("one", "two"))
+    for name in ("TRITON_INTERPRET", "TRITON_CACHE_DIR"):  # which it changes
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    ours, other = triton.__version__, "3.0.1"
+    code, said, _ = ran(ours)
+    assert code == 1 and said.startswith("1 compiled, 1 wrong, ") and said.endswith("; 1 held against the baseline")
+    code, said, _ = ran(other)
+    assert code == 0 and said.startswith("1 compiled, 0 wrong, ")
+    assert said.endswith(f"; 0 held against the baseline, which is of triton 3.0.1 and not {ours}")
+    assert ran(ours, "--write-baseline")[2] == {"one 90": [200, 0], "another 90": [7, 7]}
+    with pytest.raises(SystemExit):
+        ran(other, "--write-baseline")
+    assert "can only be written whole" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("bench_on_path")
 def test_the_baseline_has_every_kernel_on_every_architecture() -> None:
     import kernel_check
 
     kept = json.loads(kernel_check.BASELINE.read_text())["sizes"]
-    wanted = {f"{name} {capability}" for capability in (80, 86, 89, 90, 120) for name in kernel_check.specs(capability)}
+    wanted = {f"{name} {capability}" for capability in kernel_check.USUAL for name in kernel_check.specs(capability)}
     assert kept.keys() == wanted, "run bench/kernel_check.py --write-baseline"
 
 
@@ -109,7 +144,7 @@ def test_the_quick_check_leaves_out_no_kernel_and_no_variant() -> None:
     import kernel_check
 
     names = [*(f"many[{variant}]" for variant in range(13)), "few[a]", "few[b]", "one"]
-    chosen = [kernel_check.quick(names, turn) for turn in range(kernel_check.ARCHITECTURES)]
+    chosen = [kernel_check.quick(names, turn) for turn in range(len(kernel_check.USUAL))]
     assert {name for some in chosen for name in some} == set(names)
     for some in chosen:
         assert {name.partition("[")[0] for name in some} == {"many", "few", "one"}

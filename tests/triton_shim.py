@@ -31,6 +31,7 @@ def install() -> None:
     """Change the interpreter of this process, once; it must be on already."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("TRITON_INTERPRET=1 must be set before triton is imported")
+    import triton
     import triton.language as tl
     from triton.runtime import JITFunction, interpreter
 
@@ -40,6 +41,8 @@ def install() -> None:
     if getattr(builder, "knows_bf16", False):
         return
     builder.knows_bf16 = True
+    if triton.__version__.startswith("3.6."):
+        _take_bounds_from_arrays(interpreter)
 
     def is_bf16(handle: Any) -> bool:
         return (
@@ -85,6 +88,17 @@ def install() -> None:
     for name in ("sum", "min_max"):
         if hasattr(interpreter.ReduceOps, name):
             setattr(interpreter.ReduceOps, name, _reduce_in_fp32(getattr(interpreter.ReduceOps, name), is_bf16, tl))
+
+
+def _take_bounds_from_arrays(interpreter: Any) -> None:
+    """For loops up to a scalar: triton 3.6 keeps it in an array of one, which NumPy from 2.4 on takes for no number."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def _reduce_in_fp32(reduce: Callable[..., Any], is_bf16: Callable[[Any], bool], tl: Any) -> Callable[..., Any]:

@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from .names import model_class
-from .sizes import KEPT_WHEN_NONE, LAYERS, OF_CONFIG_CLASS, OF_FAMILY, TEXT, VISION, VOCAB
+from .sizes import KEPT_WHEN_NONE, LAYERS, NEEDED_PARTS, OF_CONFIG_CLASS, OF_FAMILY, TEXT, VISION, VOCAB
 
 _SENSE_WORDS = ("vision", "audio", "sam", "encoder", "code2wav", "siglip", "pixtral")
 _SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -45,12 +45,13 @@ def _fields(config_class: type[PreTrainedConfig], family: str) -> dict[str, Any]
         return _shrunk_text(config_class, {**OF_FAMILY.get(family.partition("+")[0], {}), **own})
     fields: dict[str, Any] = {}
     default: PreTrainedConfig | None = None
+    needed = {name: CONFIG_MAPPING[kind] for name, kind in NEEDED_PARTS.get(config_class.__name__, {}).items()}
     for name, part_class in config_class.sub_configs.items():
         if part_class.__name__ == "AutoConfig":
             default = default or config_class()
-            part_class = type(getattr(default, name))
-            if part_class is type(None):
+            if getattr(default, name) is None and name not in needed:
                 continue
+            part_class = needed.get(name) or type(getattr(default, name))
         part = _fields(part_class, family)
         model_type = getattr(part_class, "model_type", None)
         fields[name] = {**part, "model_type": model_type} if model_type else part

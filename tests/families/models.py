@@ -160,7 +160,10 @@ def logits(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     if hasattr(model, "talker"):
         # Qwen3-Omni as a whole has no forward: its two halves side by side.
         codes = model.talker.get_input_embeddings()(inputs["input_ids"])
-        halves = model.thinker(**inputs).logits, model.talker(inputs_embeds=codes, use_cache=False).logits
+        # That of transformers 5.17 does not find its positions by itself.
+        positions = torch.arange(codes.shape[1]).expand(3, *codes.shape[:2])
+        talker = model.talker(inputs_embeds=codes, position_ids=positions, use_cache=False)
+        halves = model.thinker(**inputs).logits, talker.logits
         return torch.cat(halves, dim=-1).float()
     scores: torch.Tensor = model(**inputs).logits
     return scores.float()

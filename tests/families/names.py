@@ -45,7 +45,9 @@ ADAPTER_FAMILIES: tuple[str, ...] = tuple(filter(_is_there, ("dbrx", "longcat_fl
 """Families outside the hook that are supported all the same."""
 
 UNSUPPORTED_FAMILIES: tuple[str, ...] = tuple(
-    filter(_is_there, ("doge", "jetmoe", "llama4", "nllb_moe", "switch_transformers"))
+    family
+    for family in ("aria", "doge", "jetmoe", "llama4", "nllb_moe", "switch_transformers")
+    if _is_there(family) and family not in HOOK_FAMILIES
 )
 """Families that must be refused with `UnsupportedModelError`."""
 
@@ -84,6 +86,8 @@ _HEAD_CLASSES = {
 }
 
 OUTSIDE_EXPERTS_CLASSES = {
+    # In transformers 5.17; it is one of the hook's since.
+    "aria": "AriaGroupedExpertsGemm",
     "dbrx": "DbrxExperts",
     "doge": "DogeCDMoE",
     "jetmoe": "JetMoeParallelExperts",
@@ -96,6 +100,7 @@ OUTSIDE_EXPERTS_CLASSES = {
 """Experts class of each family outside the hook."""
 
 UNSUPPORTED_REASONS = {
+    "aria": "experts take rows sorted by expert and a list of counts",
     "doge": "experts are rows of two embeddings, not feed-forward networks",
     "jetmoe": "experts take rows sorted by expert and a list of counts; the attention has experts too",
     "llama4": "every expert is run on every token, the router scores being multiplied into the input",

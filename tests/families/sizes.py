@@ -236,6 +236,9 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+# Parts of any kind that are None in a fresh config, while the model cannot be built without (transformers 5.17).
+NEEDED_PARTS = {"DiffusionGemmaConfig": {"vision_config": "gemma4_vision"}}
+
 OF_CONFIG_CLASS: dict[str, dict[str, Any]] = {
     "DbrxAttentionConfig": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     "DbrxConfig": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .models import experts_modules, skeleton
-from .names import ADAPTER_FAMILIES, FAMILIES, UNSUPPORTED_REASONS, model_class
+from .names import ADAPTER_FAMILIES, FAMILIES, UNSUPPORTED_FAMILIES, UNSUPPORTED_REASONS, model_class
 
 
 class SupportRow(NamedTuple):
@@ -27,7 +27,7 @@ def support_table() -> list[SupportRow]:
 
 
 def _row(family: str) -> SupportRow:
-    reason = UNSUPPORTED_REASONS.get(family)
+    reason = UNSUPPORTED_REASONS[family] if family in UNSUPPORTED_FAMILIES else None
     reached = "adapter" if family in ADAPTER_FAMILIES else "experts interface"
     return SupportRow(
         family=family,

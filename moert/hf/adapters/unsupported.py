@@ -14,6 +14,10 @@ REASONS = {
     "JetMoeParallelExperts": _OWN_CONTRACT.format(
         "this class is one linear layer over tokens sorted by expert, and attention uses it too"
     ),
+    # Of transformers 5.17; later ones have Aria's experts as those of other families.
+    "AriaGroupedExpertsGemm": _OWN_CONTRACT.format(
+        "this class is one linear layer over tokens sorted by expert; a newer transformers has another one"
+    ),
     "DogeCDMoE": _OWN_CONTRACT.format("here an expert is a row of an embedding, far too small to move on its own"),
     "SwitchTransformersExperts": _OWN_CONTRACT.format("this class is a ModuleDict of MLPs that its block calls"),
     "NllbMoeExperts": _OWN_CONTRACT.format("this class is a ModuleDict of MLPs that its block calls"),
