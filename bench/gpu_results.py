@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from rich.table import Column, Table
 
+END_TO_END = {"G7": "time over max(copies, compute)", "G9": "decoding with offloading, share of the bound"}
+"""Goals that the table names even if no step came to them."""
+
 PACKAGES = ("torch", "triton", "transformers", "moert")
 
 
@@ -41,16 +44,21 @@ class Rows:
     def add(
         self, what: str, value: float | None, unit: str, *, goal: str = "", target: Target | None = None, **more: Any
     ) -> None:
-        """One number, printed and kept. A `value` of None: it was not taken, and `more` says why."""
+        """One number, printed and kept. A `value` of None: it was not measured, and `more` says why."""
         met = None if target is None or value is None else target.is_met(value)
         row = {"goal": goal, "what": what, "value": value, "unit": unit, "target": target and str(target), "met": met}
         self.rows.append({**row, **more})
         self._write()
-        number = "not taken" if value is None else f"{value:.4g} {unit}"
+        number = "not measured" if value is None else f"{value:.4g} {unit}"
         notes = "  ".join(
             f"{key}={_short(item)}" for key, item in more.items() if not isinstance(item, dict | list | None)
         )
         print(f"{goal:4} {what:<58} {number:<18} {notes}", flush=True)
+
+    def extend(self, rows: list[dict[str, Any]]) -> None:
+        """Those of another process, which has printed them."""
+        self.rows += rows
+        self._write()
 
     def _write(self) -> None:
         temporary = self._path.with_suffix(".part")
@@ -101,7 +109,11 @@ def summary(steps: dict[str, dict[str, Any]], dry: bool) -> list[Table]:
         for row in step["rows"]:
             if not row["goal"]:
                 continue
-            value = "not taken" if row["value"] is None else f"{row['value']:.4g}"
+            value = "not measured" if row["value"] is None else f"{row['value']:.4g}"
             met = "" if row["met"] is None or dry else "yes" if row["met"] else "NO"
             second.add_row(row["goal"], row["what"], value, row["unit"], row["target"] or "", met)
+    reached = {row["goal"] for step in steps.values() for row in step["rows"]}
+    for goal, what in END_TO_END.items():
+        if goal not in reached:
+            second.add_row(goal, what, "not measured", "", "", "")
     return [first, second]

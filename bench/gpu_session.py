@@ -11,12 +11,10 @@ whose result is wrong. Exit code 1 if a step did not end well or something was w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,9 +22,10 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from gpu_process import run_apart
 
 ROOT = Path(__file__).parents[1]
 GRACE_S = 5.0
@@ -44,6 +43,8 @@ class Context:
     peaks: dict[str, float]
     until: float
     """Of `time.monotonic`: the step is ended then."""
+    scratch: Path
+    """A folder that is gone after the step."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,12 @@ def _decode(context: Context) -> None:
     import gpu_decode
 
     gpu_decode.run(context.setting, context.rows, context.peaks)
+
+
+def _offload(context: Context) -> None:
+    import gpu_offload
+
+    gpu_offload.run(context.setting, context.rows, context.peaks, context.until - GRACE_S, context.scratch)
 
 
 def _grouped(context: Context) -> None:
@@ -148,6 +155,7 @@ STEPS = (
     Step("parity", 60, _parity),
     Step("peaks", 40, _peaks),
     Step("decode", 90, _decode),
+    Step("offload", 220, _offload),
     Step("grouped", 70, _grouped),
     Step("copies", 50, _copies),
     Step("overlap", 60, _overlap),
@@ -157,52 +165,26 @@ STEPS = (
 )
 
 
-def _in_child(step: Step, path: Path, peaks: dict[str, float], until: float, dry: bool, tiny: bool) -> None:
-    os.setsid()  # so that whatever it starts ends with it
-    import torch
-    from gpu_layers import QWEN3_30B, TINY, Setting
-    from gpu_results import Rows
-
-    if dry:
-        torch.set_num_threads(1)
-    setting = Setting(torch.device("cpu" if dry else "cuda", None if dry else 0), TINY if dry or tiny else QWEN3_30B)
-    torch.manual_seed(0)
-    try:
-        step.work(Context(setting, Rows(path), peaks, until))
-    except Exception as problem:
-        traceback.print_exc()
-        path.with_suffix(".error").write_text(f"{type(problem).__name__}: {str(problem).strip()[:500]}")
-        sys.stdout.flush()
-        os._exit(1)
-    sys.stdout.flush()
-    os._exit(0)
-
-
 def run_step(step: Step, peaks: dict[str, float], until: float, dry: bool, tiny: bool) -> dict[str, Any]:
     """The step in a process of its own: how it ended, after how long, and its rows."""
-    begin = time.monotonic()
-    until = min(until, begin + step.limit_s)
+    until = min(until, time.monotonic() + step.limit_s)
     with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "rows.json"
-        # A fork need not import torch again; nothing of CUDA is in use before it.
-        child = get_context("fork").Process(target=_in_child, args=(step, path, peaks, until, dry, tiny))
-        child.start()
-        assert child.pid is not None
-        child.join(max(1.0, until - begin))
-        ended = "well"
-        if child.is_alive():
-            ended = f"not within {time.monotonic() - begin:.0f} s"
-        elif child.exitcode:
-            error = path.with_suffix(".error")
-            ended = error.read_text() if error.exists() else f"with exit code {child.exitcode}"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.join()
-        rows = json.loads(path.read_text()) if path.exists() else []
-    wrong = sum(bool(row.get("wrong")) for row in rows)
-    if wrong and ended == "well":
-        ended = f"{wrong} wrong"
-    return {"ended": ended, "seconds": round(time.monotonic() - begin, 1), "rows": rows}
+
+        def work(rows: Any) -> None:
+            import torch
+            from gpu_layers import QWEN3_30B, TINY, Setting
+
+            if dry:
+                torch.set_num_threads(1)
+            device = torch.device("cpu" if dry else "cuda", None if dry else 0)
+            setting = Setting(device, TINY if dry or tiny else QWEN3_30B)
+            torch.manual_seed(0)
+            step.work(Context(setting, rows, peaks, until, Path(scratch)))
+
+        ending = run_apart(work, until - time.monotonic(), leads=True)
+    wrong = sum(bool(row.get("wrong")) for row in ending.rows)
+    ended = f"{wrong} wrong" if wrong and ending.ended == "well" else ending.ended
+    return {"ended": ended, "seconds": ending.seconds, "rows": ending.rows}
 
 
 def main() -> int:

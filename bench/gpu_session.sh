@@ -5,8 +5,8 @@
 #   bench/gpu_session.sh FOLDER --dry-run                          no GPU: tiny sizes under the interpreter
 #
 # Installs this checkout, with PYTHON (python3 unless set) and the packages that are there, then runs gpu_session.py:
-# tests, peaks, the goals of the kernels, compute-sanitizer, a search for block sizes. JSON, plots and the log go to
-# FOLDER as they come; the table is printed last.
+# tests, peaks, the goals of the kernels, a model with offloading, compute-sanitizer, a search for block sizes. JSON,
+# plots and the log go to FOLDER as they come; the table is printed last.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

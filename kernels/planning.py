@@ -173,9 +173,10 @@ def event_experts(
 @triton.jit
 def row_of(slot: tl.tensor, rows_ptr: tl.tensor) -> tl.tensor:
     """The row that a slot is."""
-    if rows_ptr is None:
-        return slot
-    return tl.load(rows_ptr + slot)
+    row = slot
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + slot)
+    return row
 
 
 @triton.jit

@@ -15,8 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "bench" / "gpu_session.sh"
-STEPS = ("tests", "parity", "peaks", "decode", "grouped", "copies", "overlap", "model", "sanitizer", "sweep")
-GOALS = {"G1", "G3", "G4", "G6", "G7", "G8", "end to end", "sanitizer"}
+STEPS = ("tests", "parity", "peaks", "decode", "offload", "grouped", "copies", "overlap", "model", "sanitizer", "sweep")
+GOALS = {"G1", "G3", "G4", "G6", "G7", "G8", "G9", "offload", "end to end", "sanitizer"}
+NOT_MEASURED = {"compute-sanitizer", "decode, graph over eager"}
+"""Without a GPU, and before a step is a graph."""
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="triton's interpreter is off: there is a GPU"
@@ -39,8 +41,17 @@ def test_a_dry_run_goes_through_every_step(tmp_path: Path) -> None:
     rows = [row for step in found["steps"].values() for row in step["rows"]]
     assert {row["goal"] for row in rows} - {"", "sweep"} == GOALS
     assert not any(row.get("wrong") for row in rows)
-    taken = [row for row in rows if row["what"] != "compute-sanitizer"]
-    assert all(row["value"] is not None for row in taken)
+    assert {row["what"] for row in rows if row["value"] is None} == NOT_MEASURED
+    guarded = {"exact", "cpu_all", "fetch_all"}
+    by = {
+        "hybrid": guarded,
+        "all fetched": {"fetch_all"},
+        "all on the CPU": {"cpu_all"},
+        "static split": {"static_split"},
+    }
+    assert all(row["steps"].keys() <= by[row["way"]] for row in rows if row.get("kind") == "decode")
+    ways = {(row["share"], row["way"]) for row in rows if row.get("kind") == "decode" and row["stored_as"] == "bf16"}
+    assert ways == {(100, "all fetched"), *((share, way) for share in (50, 25, 10) for way in by)}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "gpu-session.log",
         "gpu-session-dry-run.json",

@@ -18,7 +18,7 @@ from moert.trace.sequence import NO_EXPERT, Sequence
 from moert.trace.trace import TraceLike
 
 Routing = tuple[torch.Tensor, torch.Tensor]
-"""Ids and weights of a pass, [T, L, K] both, on the CPU."""
+"""Ids and weights of a pass, [T, L, K] both."""
 
 
 class _Followed:
@@ -50,7 +50,8 @@ class Following:
         self._next = 0
         """The sequence of the trace that the next one of the model follows."""
         self._followed: weakref.WeakKeyDictionary[Rows, list[_Followed]] = weakref.WeakKeyDictionary()
-        self._routing: Routing | None = None
+        self._routing: dict[torch.device, Routing] = {}
+        """Of the pass under way: on the CPU, and wherever a layer has asked for it since; empty between passes."""
         self._handles: list[Any] = []
         self._watch = ForwardWatch(model, self._begin, self._end)
         for path, (module, _, layer) in self._modules.items():
@@ -65,7 +66,7 @@ class Following:
             self._handles.pop().remove()
 
     def _begin(self, forward: Forward) -> None:
-        self._routing = None
+        self._routing = {}
         if forward.shape is None:
             return
         n_rows, n_tokens = forward.shape
@@ -74,10 +75,18 @@ class Following:
             followed = self._followed[forward.rows] = [self._begin_sequence() for _ in range(n_rows)]
         first = forward.rows.n_tokens - n_tokens
         found = [one.rows(first, n_tokens) for one in followed]
-        self._routing = torch.cat([ids for ids, _ in found]), torch.cat([weights for _, weights in found])
+        routing = torch.cat([ids for ids, _ in found]), torch.cat([weights for _, weights in found])
+        self._routing = {torch.device("cpu"): routing}
 
     def _end(self, forward: Forward) -> None:
-        self._routing = None
+        self._routing = {}
+
+    def _routing_on(self, device: torch.device) -> Routing:
+        """Moved once for all layers: a copy for each would have the host wait for a GPU in each."""
+        if device not in self._routing:
+            ids, weights = self._routing[torch.device("cpu")]
+            self._routing[device] = ids.to(device), weights.to(device)
+        return self._routing[device]
 
     def _begin_sequence(self) -> _Followed:
         followed = _Followed(self._trace[self._next % len(self._trace)])
@@ -86,14 +95,15 @@ class Following:
 
     def _make_hook(self, path: str, layer: int) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._routing is None:
+            if not self._routing:
                 raise MoertError(
                     f"{path} runs outside of a forward pass of the model, so nobody knows which token of the trace it "
                     "is at; call the whole model within `with moert.follow(...)`"
                 )
             given = {"top_k_index": 1, "top_k_weights": 2}
             own = {name: args[at] if at < len(args) else kwargs[name] for name, at in given.items()}
-            parts = {name: part[:, layer] for name, part in zip(given, self._routing, strict=True)}
+            routing = self._routing_on(own["top_k_index"].device)
+            parts = {name: part[:, layer] for name, part in zip(given, routing, strict=True)}
             if len(own["top_k_index"]) != len(parts["top_k_index"]):
                 raise MoertError(
                     f"{path} is given {len(own['top_k_index'])} of the pass's {len(parts['top_k_index'])} tokens, so "
