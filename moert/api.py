@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import moert.hf  # noqa: F401  # registers the quantizer plug-in, so that OffloadConfig works with from_pretrained
 from moert.config import OffloadConfig, parse_budget
-from moert.errors import ConfigError, KernelUnavailableError
+from moert.errors import ConfigError
 from moert.hf import following, loading, patching, recording
 from moert.hf import model as _model
+from moert.runtime import device_opening
 from moert.runtime.host_tier import Resized
 from moert.runtime.stats import Stats
 
@@ -51,6 +52,9 @@ def load(path_or_id: str | os.PathLike[str], *, progress: Progress | None = None
     keeps its files open and its threads alive until `moert.close`, the end of a `with` statement over it, or its
     collection. Blocks while it loads.
 
+    With `device_memory` the dense weights are moved to the GPU, or go where `device_map` says, and experts come there
+    as they are needed.
+
     Args:
         path_or_id: a checkpoint's folder, or a model id of the hub.
         progress: called from the loading thread while experts are preloaded.
@@ -63,6 +67,7 @@ def load(path_or_id: str | os.PathLike[str], *, progress: Progress | None = None
     Raises:
         ConfigError: a malformed option, or a path that is no checkpoint.
         UnsupportedModelError: a dense model, a quantised checkpoint, or experts of an unknown layout; it says which.
+        KernelUnavailableError: with `device_memory`: the GPU is too old, or does not compute what the CPU does.
         CapacityError: a budget below what one token needs, or above the memory there is.
         CorruptFileError, TransferError: a file is missing, truncated, malformed or unreadable.
     """
@@ -77,12 +82,16 @@ def patch(model: Model, *, progress: Progress | None = None, **options: Any) -> 
     are written to an unnamed file in `cache_dir` and their memory is freed, save for the slots. Blocks while it writes.
     Experts on a CUDA device stay in their parameters there, all of them, and moert's Triton kernels compute them.
 
+    With `device_memory` the experts of a model on the CPU come to a GPU as they are needed, and everything else of the
+    model is moved there, until `unpatch`.
+
     Returns:
         `model` itself. At the end of a `with` statement over it, it is unpatched.
 
     Raises:
         MoertError: it is patched already.
-        ConfigError, UnsupportedModelError, CapacityError, TransferError: as `load`, and the model is as it was.
+        ConfigError, UnsupportedModelError, KernelUnavailableError, CapacityError, TransferError: as `load`, and the
+            model is as it was.
     """
     config, unknown = _split(options)
     if unknown:
@@ -255,19 +264,5 @@ def _split(options: dict[str, Any]) -> tuple[OffloadConfig, dict[str, Any]]:
     names = OffloadConfig.option_names()
     config = OffloadConfig(**{name: value for name, value in options.items() if name in names})
     if config.device_memory is not None:
-        _refuse_device_memory(config)
+        device_opening.check_machine(config)
     return config, {name: value for name, value in options.items() if name not in names}
-
-
-def _refuse_device_memory(config: OffloadConfig) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"device_memory={config.device_memory!r} needs a CUDA device, and there is none here; leave it out to run "
-            "the experts on the CPU"
-        )
-    raise KernelUnavailableError(
-        f"device_memory={config.device_memory!r}: this version of moert keeps no part of the experts on a GPU; leave "
-        "it out to run them on the CPU, or, if all fit there, put the model on the GPU and call moert.patch"
-    )

@@ -105,6 +105,11 @@ class DeviceTier:
                 self._never_plan(str(error))
 
     @property
+    def kernels(self) -> tuple[LayerKernels, ...]:
+        """What computes each layer on the device."""
+        return self._kernels
+
+    @property
     def banks(self) -> list[RowBank]:
         """Each once."""
         return list({id(cache.bank): cache.bank for cache in self.caches}.values())
