@@ -21,6 +21,7 @@ from moert.runtime.stats import Stats
 if TYPE_CHECKING:
     from torch import nn
 
+    from moert.hf.placement import DeviceMap
     from moert.trace.trace import Trace, TraceLike
 
 __all__ = [
@@ -52,8 +53,8 @@ def load(path_or_id: str | os.PathLike[str], *, progress: Progress | None = None
     keeps its files open and its threads alive until `moert.close`, the end of a `with` statement over it, or its
     collection. Blocks while it loads.
 
-    With `device_memory` the dense weights are moved to the GPU, or go where `device_map` says, and experts come there
-    as they are needed.
+    With `device_memory` the dense weights are moved to the GPU, or go where HuggingFace's `device_map` says, and
+    experts come to the GPU that their layer is on as they are needed, `device_memory` of them on each.
 
     Args:
         path_or_id: a checkpoint's folder, or a model id of the hub.
@@ -75,7 +76,9 @@ def load(path_or_id: str | os.PathLike[str], *, progress: Progress | None = None
     return loading.load(path_or_id, config, progress, **hf_kwargs)
 
 
-def patch(model: Model, *, progress: Progress | None = None, **options: Any) -> Model:
+def patch(
+    model: Model, *, progress: Progress | None = None, device_map: DeviceMap | None = None, **options: Any
+) -> Model:
     """Hand the experts of a model in memory to moert, in place; also usable as `with moert.patch(model): ...`.
 
     Without `host_memory`, or with enough of it, the experts stay in the very parameters they are in. With less, they
@@ -84,6 +87,13 @@ def patch(model: Model, *, progress: Progress | None = None, **options: Any) -> 
 
     With `device_memory` the experts of a model on the CPU come to a GPU as they are needed, and everything else of the
     model is moved there, until `unpatch`.
+
+    Args:
+        progress: called from this thread while experts are preloaded.
+        device_map: with `device_memory`, and as HuggingFace has it: which part of the model belongs on which GPU,
+            "auto", "balanced", a device, or module path -> device. Each GPU has the experts of its layers, and
+            `device_memory` of them. None: all of it on one GPU.
+        **options: the fields of `OffloadConfig`.
 
     Returns:
         `model` itself. At the end of a `with` statement over it, it is unpatched.
@@ -96,7 +106,10 @@ def patch(model: Model, *, progress: Progress | None = None, **options: Any) -> 
     config, unknown = _split(options)
     if unknown:
         raise ConfigError(f"unknown option {sorted(unknown)[0]!r}; there are {', '.join(OffloadConfig.option_names())}")
-    patching.patch(model, config, progress)
+    if device_map is not None and config.device_memory is None:
+        raise ConfigError(f"device_map={device_map!r} is for models whose experts come to GPUs: give device_memory too")
+    placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    patching.patch(model, config, progress, **placed)
     return model
 
 

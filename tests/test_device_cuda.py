@@ -55,6 +55,7 @@ class FakeRuntime:
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # its name
         if sum(self.locked.values()) + nbytes > self.lockable_bytes:
             return 2
+        assert flags == 1, "not for other GPUs"
         self.locked[address] = nbytes
         return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def load(
     path_or_id: str | os.PathLike[str],
     config: OffloadConfig,
     progress: Progress | None,
-    device: Device | None = None,
+    device: Device | Sequence[Device] | None = None,
     device_options: Mapping[str, Any] | None = None,
     **hf_kwargs: Any,
 ) -> Any:

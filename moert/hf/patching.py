@@ -73,15 +73,15 @@ def patch(
     model: nn.Module,
     config: OffloadConfig,
     progress: Progress | None = None,
-    device: Device | None = None,
+    device: Device | Sequence[Device] | None = None,
     **device_options: Any,
 ) -> nn.Module:
     """See `moert.patch`.
 
     Args:
         device: have the experts come there from host memory and disk, `config.device_memory` bytes of them at a time;
-            the runtime owns it from here on. The experts of `model` are on the CPU. None: a GPU, if there is a
-            `config.device_memory`.
+            the runtime owns it from here on. The experts of `model` are on the CPU. None: GPUs, if there is a
+            `config.device_memory`. Several: with a `device_map`.
         **device_options: of `put_on_device`.
     """
     if is_marked(model) or offloaded_modules(model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,9 +50,9 @@ options: ContextVar[OffloadConfig | None] = ContextVar("options", default=None)
 
 
 class Handed(NamedTuple):
-    """A device that experts are to come to."""
+    """Devices that experts are to come to."""
 
-    device: Device
+    device: Device | Sequence[Device]
     options: dict[str, Any]
     """Of `put_on_device`."""
 

@@ -10,6 +10,7 @@ import torch
 
 from moert.device.base import Device, OutOfDeviceMemoryError
 from moert.runtime.compute import Compute, ExpertCompute, Fused, OneByOne, Scratch
+from moert.runtime.device_by_layer import ByLayer, caches_by_layer
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_costs import measure_costs
 from moert.runtime.device_kernels import Inputs, LayerKernels
@@ -57,7 +58,7 @@ class DeviceTier:
     def __init__(
         self,
         device: Device,
-        caches: Sequence[DeviceCache],
+        caches: Iterable[DeviceCache],
         kernels: Sequence[LayerKernels],
         table: SlotTable,
         pipeline: Pipeline,
@@ -70,19 +71,23 @@ class DeviceTier:
         max_bytes: int | None = None,
         planned: bool | None = None,
         debug: bool = False,
+        pinned: PinnedHost | None = None,
     ) -> None:
         """
         Args:
             planned: False: the device runs no pass by itself, whatever `ways` would like.
+            caches: of the layers that the device has; `kernels` are theirs.
             pipeline: from disk to host memory; `reads` says whether anything is there.
             costs: of one expert, for the scheduler; None: they are measured in the first step.
             max_bytes: of copies under way at once; None: the default.
+            pinned: what is page-locked, where another device sees to that; None: this one.
         """
-        self.device, self.caches, self._kernels, self._table = device, tuple(caches), tuple(kernels), table
-        self.pinned = PinnedHost(device)
+        self.device, self.caches, self._table = device, caches_by_layer(caches), table
+        self._kernels = ByLayer(dict(zip(self.caches.layers, kernels, strict=True)))
+        self.pinned = PinnedHost(device) if pinned is None else pinned
         self._ranges = ranges
         self.transfers = DeviceTransfers(
-            device, caches, self.pinned, pipeline if reads else None, *(() if max_bytes is None else (max_bytes,))
+            device, self.caches, self.pinned, pipeline if reads else None, *(() if max_bytes is None else (max_bytes,))
         )
         self._pipeline = pipeline
         self.ways = ways
@@ -107,7 +112,7 @@ class DeviceTier:
     @property
     def kernels(self) -> tuple[LayerKernels, ...]:
         """What computes each layer on the device."""
-        return self._kernels
+        return tuple(self._kernels)
 
     @property
     def banks(self) -> list[RowBank]:
