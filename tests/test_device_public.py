@@ -16,7 +16,7 @@ import moert
 from moert.device.simulated import Machine, SimulatedDevice
 from moert.errors import CapacityError, ConfigError, KernelUnavailableError
 from moert.hf.device_tiered import TieredExperts
-from moert.hf.model import runtime_of
+from moert.hf.model import offloaded_modules, runtime_of
 from moert.runtime import device_opening
 
 PROMPT = torch.randint(3, 100, (1, 9), generator=torch.Generator().manual_seed(1))
@@ -74,7 +74,7 @@ def test_tokens_are_those_of_the_cpu(
         tier = runtime_of(model).device
         assert tier is not None
         assert tier.counts.on_device + tier.counts.on_cpu
-        assert all(isinstance(module, TieredExperts) for _, module in experts_modules(model))
+        assert {type(module) for module in offloaded_modules(model).values()} == {TieredExperts}
         assert moert.stats(model).hit_rate
     assert len(gpus.opened) == 1
     assert gpus.opened[0].used_bytes == gpus.opened[0].locked_bytes == 0

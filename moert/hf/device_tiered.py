@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moert.config import OffloadConfig
+from moert.config import OffloadConfig, format_bytes
 from moert.device.base import Device
-from moert.errors import ConfigError, MoertError
+from moert.errors import CapacityError, ConfigError, MoertError
 from moert.hf.cache_needs import cache_bytes_beside
 from moert.hf.experts import OffloadedExperts
 from moert.hf.homes import dense_tensors, move_back, note_homes
@@ -109,7 +109,14 @@ def put_on_device(
         module.__dict__["where"] = devices[of_layer[module.layer]].torch_device
     if away and where is not None:
         model.__dict__[_HOMES] = note_homes(model)
-        move(model, where)
+        try:
+            move(model, where)
+        except torch.OutOfMemoryError as error:
+            nbytes = sum(tensor.nbytes for tensor in away.values())
+            raise CapacityError(
+                f"there was room for {format_bytes(nbytes)} of dense weights beside the experts, and is no longer "
+                f"({error}); end what else uses the GPU, or give device_memory less"
+            ) from error
     is_real = any(one.torch_device.type == "cuda" for one in devices)
     if is_real if check is None else check:
         computes = {module.layer: module.adapter.compute for module in offloaded_modules(model).values()}
