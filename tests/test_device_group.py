@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import triton_support
 from fault_support import LAYERS, ROUTING, E, Experts, check_books, right, step
 from faulty_disk import FaultyDisk
-from test_device_model import COSTS, LINK, generate, make
+from test_device_model import COSTS, LINK, PROMPT, generate, make
 from test_faults_interrupt import Interrupter
 from torch import nn
 
@@ -26,6 +27,7 @@ from moert.hf.placement import locate, move, read_device_map, remove_hooks, wher
 from moert.runtime import device_opening
 from moert.runtime.device_building import Share
 from moert.runtime.device_group import DeviceGroup, attach_devices
+from moert.schedule import Costs, Curve
 from moert.types import ExpertId
 
 BY_LAYER = {"": 0, "model.layers.1": 1}
@@ -81,6 +83,20 @@ def test_host_memory_changes_under_both_and_is_locked_once() -> None:
         moert.resize(model, host)
         assert group.pinned.locked_bytes == moert.stats(model).slot_bytes
         assert torch.equal(generate(model)[1], wanted[1])
+    moert.close(model)
+
+
+def test_nothing_is_unlocked_while_any_device_copies() -> None:
+    devices = machines(2, *(Machine(latency_s=0.2),) * 2)
+    model, group = grouped(devices, preload=False, host_memory="100%")
+    for tier in group.tiers:
+        tier.prefetch([ExpertId(tier.caches.layers[0], 39)])
+        assert tier.transfers.copying
+    group.before_host_changes()
+    assert not any(tier.transfers.copying for tier in group.tiers)
+    assert not devices[0]._locked
+    group.after_host_changes()
+    assert group.pinned.locked_bytes
     moert.close(model)
 
 
@@ -258,3 +274,21 @@ def test_hooks_between_devices_come_and_go() -> None:
     assert set(model.__dict__) == attributes
     assert not any(hasattr(module, "_hf_hook") or "forward" in vars(module) for module in model.modules())
     assert torch.equal(model(torch.ones(1, 3)), right_ones)
+
+
+@pytest.mark.skipif(not triton_support.INTERPRETED, reason="triton's interpreter is off: there is a GPU")
+def test_the_triton_kernels_find_the_experts_of_their_device() -> None:
+    """Wherever their layers are in the model; on one device and on two they give the same bits."""
+    options = {**OPTIONS, "costs": Costs(Curve.constant(1.0), Curve.constant(1e-6), move_s=1e-6)}
+    found = []
+    for n in (1, 2):
+        devices = machines(n, virtual=True)
+        placed = {} if n == 1 else {"device_map": {"": 0, "model.layers.2": 1}}
+        given = devices[0] if n == 1 else devices
+        model = patching.patch(
+            make(), OffloadConfig(device_memory="100%"), device=given, triton=True, guarded=False, **placed, **options
+        )
+        found.append([model(PROMPT[:1, :length]).logits for length in (1, 3, 1)])
+        moert.close(model)
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
