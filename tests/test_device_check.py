@@ -24,6 +24,7 @@ from moert.hf.model import runtime_of
 from moert.runtime import device_check, device_kernels
 from moert.runtime.device_check import tolerance
 from moert.runtime.device_kernels import RowByRow
+from moert.runtime.device_planned import PlannedPasses
 from moert.schedule import Costs, Curve
 
 COSTS = Costs(Curve.proportional(2e-4), Curve.constant(1e-5), move_s=3e-4, read_s=1e-3)
@@ -70,6 +71,28 @@ def test_the_triton_kernels_pass(stored_as: str, tiny_olmoe: Path, tmp_path: Pat
     with pytest.warns(RuntimeWarning, match="the self-check on this one passed"):
         model = loading.load(folder, config, None, device=SimulatedDevice(), device_options=options)
     moert.close(model)
+
+
+@pytest.mark.skipif(not triton_support.INTERPRETED, reason="triton's interpreter is off: there is a GPU")
+@pytest.mark.parametrize("share", [1.0, 1.01])
+def test_single_tokens_that_are_the_devices_alone(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, seen = PlannedPasses.run, []
+
+    def run(passes: PlannedPasses, layer: int, *given: torch.Tensor) -> torch.Tensor:
+        seen.append(layer)
+        return own(passes, layer, *given) * share
+
+    monkeypatch.setattr(PlannedPasses, "run", run)
+    if share == 1.0:
+        model = checked("olmoe", host_memory="100%", triton=True)
+        tier = runtime_of(model).device
+        assert tier is not None
+        tier.check_integrity()
+        moert.close(model)
+    else:
+        with pytest.raises(KernelUnavailableError, match=r"1 tokens of torch\.float32, is off by 0\.01 of its length"):
+            checked("olmoe", host_memory="100%", triton=True)
+    assert seen == [0]
 
 
 def swapped(kernels: RowByRow, row: int, own: Any) -> Any:

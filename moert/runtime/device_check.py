@@ -15,16 +15,16 @@ from moert.runtime.compute import Compute, Scratch, add_weighted
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_kernels import LayerKernels, RowByRow
 from moert.runtime.device_tier import DeviceCounts, DeviceTier
-from moert.runtime.device_ways import Ways
+from moert.runtime.device_ways import PLANNED, Ways
 from moert.runtime.layer import Weights
 from moert.runtime.routing import group_by_expert
 from moert.runtime.runtime import OffloadRuntime
 from moert.runtime.step import run_step
 from moert.types import ExpertId
 
-STEPS = ((1, "fetch_all"), (40, "fetch_all"), (40, "cpu_all"))
-"""Tokens, and who computes what is not on the device yet: one token and many have kernels of their own, and what the
-CPU computes is added on the device."""
+STEPS = ((1, "fetch_all"), (40, "fetch_all"), (40, "cpu_all"), (1, PLANNED))
+"""Tokens, and who computes what is not on the device yet: one token and many have kernels of their own, what the CPU
+computes is added on the device, and single tokens may be the device's alone."""
 
 FUSED_ROUNDINGS, OWN_ROUNDINGS = 2, 5
 """How often one side rounds to the model's dtype, at most: what goes into the down product, and the result; in the
@@ -111,10 +111,12 @@ def _check_layer(
     for tokens, schedule in STEPS:
         allowed = rounding + (INT8_SHARE if is_coarse and schedule == "cpu_all" else 0.0)
         hidden, ids, weights = _inputs(cache, tokens, width, dtype)
-        tier.ways = Ways(schedule, device.now, ())
+        tier.ways = Ways("fetch_all" if schedule == PLANNED else schedule, device.now, (), schedule == PLANNED)
         try:
-            given = [tensor.to(device.torch_device) for tensor in (hidden, ids, weights)]
-            found = device.to_host(tier.run(spec.index, compute, given[0], given[1], given[2]))
+            if schedule == PLANNED and spec.index:
+                _begin_pass(tier, compute, width, dtype)
+            found = _on_device(tier, spec.index, compute, hidden, ids, weights)
+            tier.settle()
             tier.transfers.drain()  # the CPU's own step does not ask who is copying
             wanted = (_decoded if is_coded else _on_cpu)(runtime, cache, compute, hidden, ids, weights)
         except (MoertError, PolicyError):
@@ -131,6 +133,24 @@ def _check_layer(
                 f"{dtype}, is off by {float(apart.max()):.2g} of its length, and rounding explains {allowed:.2g}; "
                 "leave device_memory out to run the experts on the CPU, and please report this with `moert doctor`"
             )
+
+
+def _begin_pass(tier: DeviceTier, compute: Compute, width: int, dtype: torch.dtype) -> None:
+    """The device begins to run passes by itself in the first layer, if it has that."""
+    if 0 in tier.caches.layers:
+        _on_device(tier, 0, compute, *_inputs(tier.caches[0], 1, width, dtype))
+
+
+def _on_device(
+    tier: DeviceTier,
+    layer: int,
+    compute: Compute,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    given = [tensor.to(tier.device.torch_device) for tensor in (hidden, ids, weights)]
+    return tier.device.to_host(tier.run(layer, compute, given[0], given[1], given[2]))
 
 
 def _inputs(

@@ -81,7 +81,7 @@ def measure_costs(
 
             on_device.append(_median(device, run))
             cpu.append(_median(device, run_here))
-    except KeyError:
+    except OutOfDeviceMemoryError:
         return None  # fewer tokens may fit
     finally:
         bank.give_back(row)

@@ -58,7 +58,7 @@ class DeviceTier:
     def __init__(
         self,
         device: Device,
-        caches: Iterable[DeviceCache],
+        caches: Sequence[DeviceCache],
         kernels: Sequence[LayerKernels],
         table: SlotTable,
         pipeline: Pipeline,
@@ -83,7 +83,7 @@ class DeviceTier:
             pinned: what is page-locked, where another device sees to that; None: this one.
         """
         self.device, self.caches, self._table = device, caches_by_layer(caches), table
-        self._kernels = ByLayer(dict(zip(self.caches.layers, kernels, strict=True)))
+        self._kernels = ByLayer({cache.spec.index: one for cache, one in zip(caches, kernels, strict=True)})
         self.pinned = PinnedHost(device) if pinned is None else pinned
         self._ranges = ranges
         self.transfers = DeviceTransfers(
@@ -105,7 +105,9 @@ class DeviceTier:
         self.why_not_planned: str | None = "it was not asked for"
         if planned is not False:
             try:
-                self._planned = PlannedPasses(device, self.caches, self._kernels, self.pinned, self.transfers)
+                self._planned = PlannedPasses(
+                    device, tuple(self.caches), tuple(self._kernels), self.pinned, self.transfers
+                )
             except (ValueError, ImportError) as error:
                 self._never_plan(str(error))
 
