@@ -108,7 +108,8 @@ def go_by(model: Any, way: str) -> None:
     schedule, pure, planned = WAYS[way]
     tier = tier_of(model)
     # As if the tier had been made with it, which would lock all of host memory anew. Others have the same object.
-    vars(tier.ways).update(vars(Ways(schedule, tier.device.now, pure, planned)))
+    tier.settle()
+    tier.go_by(Ways(schedule, tier.device.now, pure, planned))
 
 
 def prompt_of(model: Any, setting: Setting, tokens: int) -> torch.Tensor:

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import moert.hf  # noqa: F401  # registers the quantizer plug-in, so that OffloadConfig works with from_pretrained
 from moert.config import OffloadConfig, parse_budget
-from moert.errors import ConfigError, KernelUnavailableError
+from moert.errors import ConfigError
 from moert.hf import following, loading, patching, recording
 from moert.hf import model as _model
+from moert.runtime import device_opening
 from moert.runtime.host_tier import Resized
 from moert.runtime.stats import Stats
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from moert.hf.placement import DeviceMap
     from moert.trace.trace import Trace, TraceLike
 
 __all__ = [
@@ -51,6 +53,9 @@ def load(path_or_id: str | os.PathLike[str], *, progress: Progress | None = None
     keeps its files open and its threads alive until `moert.close`, the end of a `with` statement over it, or its
     collection. Blocks while it loads.
 
+    With `device_memory` the dense weights are moved to the GPU, or go where HuggingFace's `device_map` says, and
+    experts come to the GPU that their layer is on as they are needed, `device_memory` of them on each.
+
     Args:
         path_or_id: a checkpoint's folder, or a model id of the hub.
         progress: called from the loading thread while experts are preloaded.
@@ -63,6 +68,7 @@ def load(path_or_id: str | os.PathLike[str], *, progress: Progress | None = None
     Raises:
         ConfigError: a malformed option, or a path that is no checkpoint.
         UnsupportedModelError: a dense model, a quantised checkpoint, or experts of an unknown layout; it says which.
+        KernelUnavailableError: with `device_memory`: the GPU is too old, or does not compute what the CPU does.
         CapacityError: a budget below what one token needs, or above the memory there is.
         CorruptFileError, TransferError: a file is missing, truncated, malformed or unreadable.
     """
@@ -70,24 +76,40 @@ def load(path_or_id: str | os.PathLike[str], *, progress: Progress | None = None
     return loading.load(path_or_id, config, progress, **hf_kwargs)
 
 
-def patch(model: Model, *, progress: Progress | None = None, **options: Any) -> Model:
+def patch(
+    model: Model, *, progress: Progress | None = None, device_map: DeviceMap | None = None, **options: Any
+) -> Model:
     """Hand the experts of a model in memory to moert, in place; also usable as `with moert.patch(model): ...`.
 
     Without `host_memory`, or with enough of it, the experts stay in the very parameters they are in. With less, they
     are written to an unnamed file in `cache_dir` and their memory is freed, save for the slots. Blocks while it writes.
     Experts on a CUDA device stay in their parameters there, all of them, and moert's Triton kernels compute them.
 
+    With `device_memory` the experts of a model on the CPU come to a GPU as they are needed, and everything else of the
+    model is moved there, until `unpatch`.
+
+    Args:
+        progress: called from this thread while experts are preloaded.
+        device_map: with `device_memory`, and as HuggingFace has it: which part of the model belongs on which GPU,
+            "auto", "balanced", a device, or module path -> device. Each GPU has the experts of its layers, and
+            `device_memory` of them. None: all of it on one GPU.
+        **options: the fields of `OffloadConfig`.
+
     Returns:
         `model` itself. At the end of a `with` statement over it, it is unpatched.
 
     Raises:
         MoertError: it is patched already.
-        ConfigError, UnsupportedModelError, CapacityError, TransferError: as `load`, and the model is as it was.
+        ConfigError, UnsupportedModelError, KernelUnavailableError, CapacityError, TransferError: as `load`, and the
+            model is as it was.
     """
     config, unknown = _split(options)
     if unknown:
         raise ConfigError(f"unknown option {sorted(unknown)[0]!r}; there are {', '.join(OffloadConfig.option_names())}")
-    patching.patch(model, config, progress)
+    if device_map is not None and config.device_memory is None:
+        raise ConfigError(f"device_map={device_map!r} is for models whose experts come to GPUs: give device_memory too")
+    placed: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    patching.patch(model, config, progress, **placed)
     return model
 
 
@@ -255,19 +277,5 @@ def _split(options: dict[str, Any]) -> tuple[OffloadConfig, dict[str, Any]]:
     names = OffloadConfig.option_names()
     config = OffloadConfig(**{name: value for name, value in options.items() if name in names})
     if config.device_memory is not None:
-        _refuse_device_memory(config)
+        device_opening.check_machine(config)
     return config, {name: value for name, value in options.items() if name not in names}
-
-
-def _refuse_device_memory(config: OffloadConfig) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            f"device_memory={config.device_memory!r} needs a CUDA device, and there is none here; leave it out to run "
-            "the experts on the CPU"
-        )
-    raise KernelUnavailableError(
-        f"device_memory={config.device_memory!r}: this version of moert keeps no part of the experts on a GPU; leave "
-        "it out to run them on the CPU, or, if all fit there, put the model on the GPU and call moert.patch"
-    )

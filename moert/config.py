@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 
 from moert.errors import ConfigError
 
+AUTO = "auto"
+"""As a `device_memory`: what is left on the device beside everything else."""
+
 _UNITS = {
     "": 1,
     "b": 1,
@@ -86,13 +89,14 @@ class OffloadConfig:
     cgroups have free after the dense weights, less head-room and the KV cache of a text of `context` tokens, as
     `moert plan` divides it."""
     context: int | None = None
-    """Tokens of text for whose KV cache host_memory=None leaves room. None: 4096, or what the model takes if that is
-    less."""
+    """Tokens of text for whose KV cache room is left: by host_memory=None, or, with device_memory, on the GPU. None:
+    4096, or what the model takes if that is less."""
     shrink_on_pressure: bool = True
     """Give host memory back between steps, down to what one token needs, when the machine or a cgroup runs short of it,
     even where host_memory asks for more. It stays given back until `moert.resize`."""
     device_memory: int | float | str | None = None
-    """Bytes of device memory for experts; needs a CUDA device. None: no device tier."""
+    """Bytes of GPU memory for experts, of each GPU: "8GiB", bytes, "25%" of the expert bytes, or "auto": what is left
+    there beside everything else. New, and not run on a GPU by its authors. None: the CPU computes the experts."""
     policy: str = "ema"
     """Which resident expert leaves: the name of a file in `moert/policies`, or "package.module:Class". Parameters
     follow: "ema,alpha=0.05"."""
@@ -121,7 +125,7 @@ class OffloadConfig:
     def __post_init__(self) -> None:
         for option in ("host_memory", "device_memory"):
             value = getattr(self, option)
-            if value is not None:
+            if value is not None and (option, value) != ("device_memory", AUTO):
                 parse_budget(value, option)
         if not isinstance(self.policy, str) or not self.policy:
             raise ConfigError(f'policy={self.policy!r} must be the name of a policy or "package.module:Class"')
@@ -158,8 +162,8 @@ class OffloadConfig:
 
     @property
     def device_budget(self) -> Budget | None:
-        """`device_memory`, parsed."""
-        return None if self.device_memory is None else parse_budget(self.device_memory, "device_memory")
+        """`device_memory`, parsed; None: as much as is left."""
+        return None if self.device_memory in (None, AUTO) else parse_budget(self.device_memory, "device_memory")
 
     def to_dict(self) -> dict[str, Any]:
         """All options by name, as HuggingFace configurations want them."""

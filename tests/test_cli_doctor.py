@@ -24,6 +24,7 @@ PARTS = [
     "disk reads",
     "host memory",
     "device memory",
+    "GPU self-check",
     "pinned memory",
     "cache policy",
     "prediction",
@@ -295,6 +296,7 @@ def test_paths_follow_what_was_found() -> None:
     assert "4 KiB" in paths["host memory"][0]
     assert "switched off" in paths["host memory"][1]
     assert "H200 stays idle" in paths["device memory"][1]
+    assert "have not run experts on a GPU" in paths["GPU self-check"][1]
     assert "1.0 GiB by default" in paths["cache policy"][1]
     assert "--no-direct-io" in paths_of(slow, direct_io=False)["disk reads"][1]
     plain = paths_of(machine_with(model={"dtype": "float32", "unfused_reasons": []}))

@@ -55,6 +55,7 @@ class FakeRuntime:
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # its name
         if sum(self.locked.values()) + nbytes > self.lockable_bytes:
             return 2
+        assert flags == 1, "not for other GPUs"
         self.locked[address] = nbytes
         return 0
 
@@ -259,6 +260,24 @@ def test_hybrid_logits_on_a_gpu_are_close_to_those_of_transformers() -> None:
     for _ in range(3):
         torch.testing.assert_close(logits(model, inputs).cpu(), right, rtol=1e-4, atol=2e-5)
     moert.close(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_public_option_on_a_gpu(dtype: torch.dtype) -> None:
+    """The self-check passes, tokens are those of transformers, and everything comes back."""
+    inputs = inputs_for("olmoe", model := build("olmoe").to(dtype))
+    right, parameters = logits(model, inputs), dict(model.named_parameters())
+    there = {key: value.to("cuda") if torch.is_tensor(value) else value for key, value in inputs.items()}
+    for host in ("100%", "50%"):
+        with pytest.warns(RuntimeWarning, match="the self-check on this one passed"):
+            moert.patch(model, device_memory="50%", host_memory=host)
+        found = logits(model, there).cpu()
+        torch.testing.assert_close(found, right, rtol=2e-2, atol=2e-2 if dtype is torch.bfloat16 else 2e-5)
+        moert.unpatch(model)
+        assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+        assert all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+        assert torch.equal(logits(model, inputs), right)
 
 
 @pytest.mark.gpu

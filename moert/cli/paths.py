@@ -22,6 +22,7 @@ def choose_paths(document: dict[str, Any], config: OffloadConfig) -> list[dict[s
         ("disk reads", *_reads(document, config)),
         ("host memory", *_arena(document)),
         ("device memory", *_device(document)),
+        ("GPU self-check", *_self_check(document)),
         ("pinned memory", *_pinned(document)),
         ("cache policy", config.policy, f"slots are shared out evenly over the layers; {_budget(document, config)}"),
         ("prediction", *_prediction(config)),
@@ -121,12 +122,21 @@ def _device(document: dict[str, Any]) -> tuple[str, str]:
         return "none", "CUDA could not be probed"
     if not devices["devices"]:
         return "none", devices["why"]
-    return "none", f"this version computes experts on the CPU; {devices['devices'][0]['name']} stays idle"
+    names = ", ".join(device["name"] for device in devices["devices"])
+    return "only if --device-memory asks for it", f"experts on a GPU are new in moert; without it {names} stays idle"
+
+
+def _self_check(document: dict[str, Any]) -> tuple[str, str]:
+    if not document["devices"].get("devices"):
+        return "none", "there is no device to check"
+    why = "moert's authors have not run experts on a GPU, so each model is refused there that does not pass"
+    return "steps of the model's own experts against the CPU's, at load", why
 
 
 def _pinned(document: dict[str, Any]) -> tuple[str, str]:
-    devices = document["devices"].get("devices")
-    return "none", "nothing is copied to a device" if devices else "there is no device to copy to"
+    if not document["devices"].get("devices"):
+        return "none", "there is no device to copy to"
+    return "with --device-memory, what host memory has of experts", "as much as the system lets be page-locked"
 
 
 def _budget(document: dict[str, Any], config: OffloadConfig) -> str:

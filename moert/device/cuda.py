@@ -26,6 +26,9 @@ from moert.device.base import (
 from moert.errors import ConfigError, KernelUnavailableError
 from moert.tiers.read import Priority
 
+_PORTABLE = 1
+"""cudaHostRegisterPortable: page-locked for every GPU, as a range cannot be locked once more for another one."""
+
 LEAST_CAPABILITY = (8, 0)
 """The first with bf16, which the kernels are compiled for."""
 
@@ -144,7 +147,7 @@ class CudaDevice(Device):
 
     def page_lock(self, address: int, nbytes: int) -> None:
         self.check()
-        code = int(self._cuda.cudart().cudaHostRegister(address, nbytes, 0))
+        code = int(self._cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE))
         if code:
             self._forget_error()
             raise PinningRefusedError(f"the driver refuses to page-lock {format_bytes(nbytes)} (error {code})")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from moert.config import OffloadConfig
 from moert.device.base import Device
 from moert.errors import ConfigError, CorruptFileError, MoertError, UnsupportedModelError
 from moert.hf import quantizer
-from moert.hf.device_tiered import put_on_device
-from moert.hf.model import close, runtime_of
 from moert.runtime.preload import Progress
 from moert.tiers.safetensors_file import read_entries, read_index
 
@@ -46,11 +44,14 @@ def load(
     path_or_id: str | os.PathLike[str],
     config: OffloadConfig,
     progress: Progress | None,
-    device: Device | None = None,
+    device: Device | Sequence[Device] | None = None,
     device_options: Mapping[str, Any] | None = None,
     **hf_kwargs: Any,
 ) -> Any:
-    """See `moert.load`; `device` and `device_options` are as for `moert.hf.patching.patch`."""
+    """See `moert.load`; `device` and `device_options` are as for `moert.hf.patching.patch`.
+
+    If anything fails before the experts come to `device`, it is still the caller's to close.
+    """
     for name, why in _REFUSED.items():
         if hf_kwargs.get(name):
             raise UnsupportedModelError(f"{name}={hf_kwargs[name]!r} cannot be used with moert.load: {why}")
@@ -67,7 +68,8 @@ def load(
     check_not_packed(settings)
     if not is_pack_config(settings):
         hf_kwargs["quantization_config"] = config
-    with _told_to_quantizer(hf_kwargs.get("key_mapping"), progress, config):
+    handed = None if device is None else quantizer.Handed(device, dict(device_options or {}))
+    with _told_to_quantizer(hf_kwargs.get("key_mapping"), progress, config, handed):
         try:
             loaded = model_class(settings).from_pretrained(name, **hf_kwargs)
         except RuntimeError as error:
@@ -77,27 +79,25 @@ def load(
                 f"{name}: tensors of the checkpoint do not have the shapes that its config.json asks for; transformers "
                 f"says: {error}"
             ) from error
-    if device is not None:
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        try:
-            put_on_device(model, runtime_of(model), device, config, **(device_options or {}))
-        except BaseException:
-            close(model)
-            raise
     return loaded
 
 
 @contextlib.contextmanager
 def _told_to_quantizer(
-    key_mapping: dict[str, str] | None, progress: Progress | None, config: OffloadConfig
+    key_mapping: dict[str, str] | None,
+    progress: Progress | None,
+    config: OffloadConfig,
+    device: quantizer.Handed | None,
 ) -> Iterator[None]:
     tokens = quantizer.key_mapping.set(key_mapping), quantizer.progress.set(progress), quantizer.options.set(config)
+    handed = quantizer.handed.set(device)
     try:
         yield
     finally:
         quantizer.key_mapping.reset(tokens[0])
         quantizer.progress.reset(tokens[1])
         quantizer.options.reset(tokens[2])
+        quantizer.handed.reset(handed)
 
 
 def model_class(settings: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from moert.errors import CapacityError, ConfigError, MoertError, UnsupportedMode
 from moert.hf.adapters import ExpertsAdapter, find_experts
 from moert.hf.dense_compute import give_back, take_over
 from moert.hf.device_experts import DeviceExperts, check_layers, warn_of_fallbacks
-from moert.hf.device_tiered import put_on_device
+from moert.hf.device_tiered import leave_device, put_on_device
 from moert.hf.experts import OffloadedExperts
 from moert.hf.layers import Layers, make_layers
 from moert.hf.model import is_marked, mark, offloaded_modules, runtime_of, unmark
@@ -73,14 +73,15 @@ def patch(
     model: nn.Module,
     config: OffloadConfig,
     progress: Progress | None = None,
-    device: Device | None = None,
+    device: Device | Sequence[Device] | None = None,
     **device_options: Any,
 ) -> nn.Module:
     """See `moert.patch`.
 
     Args:
         device: have the experts come there from host memory and disk, `config.device_memory` bytes of them at a time;
-            the runtime owns it from here on. The experts of `model` are on the CPU.
+            the runtime owns it from here on. The experts of `model` are on the CPU. None: GPUs, if there is a
+            `config.device_memory`. Several: with a `device_map`.
         **device_options: of `put_on_device`.
     """
     if is_marked(model) or offloaded_modules(model):
@@ -107,7 +108,8 @@ def patch(
     else:
         source = SpillSource.write(layers.specs, map(_experts, owners), config.cache_dir, direct=config.direct_io)
         runtime = _move_to_slots(owners, layers, source, config, progress, freed)
-    if device is not None and on_device:
+    is_tiered = device is not None or config.device_memory is not None
+    if is_tiered and on_device:
         runtime.close()
         raise ConfigError(
             f"{len(on_device)} of {len(layers.specs)} layers have their experts on a GPU already; move the model to "
@@ -121,9 +123,9 @@ def patch(
     mark(model, runtime, leave=unpatch)
     look_ahead(model, runtime)
     model.__dict__["_moert_freed"] = freed
-    if device is not None:
+    if is_tiered:
         try:
-            put_on_device(model, runtime, device, config, **device_options)
+            put_on_device(model, runtime, config, device, **device_options)
         except BaseException:
             unpatch(model)
             raise
@@ -161,6 +163,7 @@ def _unpatch_one(model: nn.Module) -> None:
     runtime.close("this model has been unpatched; its experts module is in the model again")
     if freed is None:
         forget_quantizer(model)
+    leave_device(model)
 
 
 def _experts(adapter: ExpertsAdapter) -> list[dict[str, torch.Tensor]]:

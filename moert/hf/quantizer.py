@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from moert.config import OffloadConfig
+from moert.device.base import Device
 from moert.errors import CorruptFileError, UnsupportedModelError
 from moert.formats import FormatChoice
 from moert.hf.adapters import ExpertsAdapter, find_experts
@@ -24,12 +25,14 @@ from moert.hf.cache_needs import cache_bytes
 from moert.hf.checkpoint import CheckpointMap
 from moert.hf.dense import own_memory
 from moert.hf.dense_compute import take_over
+from moert.hf.device_tiered import put_on_device
 from moert.hf.experts import OffloadedExperts
 from moert.hf.layers import Layers, make_layers, tied_modules
 from moert.hf.model import close, mark
 from moert.hf.packed import Pack, open_pack
 from moert.hf.router_weights import look_ahead, look_from_forwards
 from moert.hf.source import CheckpointSource, checkpoint_records, read_checkpoint
+from moert.runtime import device_opening
 from moert.runtime.building import runtime_in_slots
 from moert.runtime.pack_file import MANIFEST
 from moert.runtime.preload import Progress
@@ -46,6 +49,18 @@ options: ContextVar[OffloadConfig | None] = ContextVar("options", default=None)
 """The options for a pack that is being loaded, in place of those in its own config.json."""
 
 
+class Handed(NamedTuple):
+    """Devices that experts are to come to."""
+
+    device: Device | Sequence[Device]
+    options: dict[str, Any]
+    """Of `put_on_device`."""
+
+
+handed: ContextVar[Handed | None] = ContextVar("handed", default=None)
+"""A device that the caller has opened; without one, `device_memory` opens a GPU."""
+
+
 @register_quantizer("moert")
 class MoertQuantizer(HfQuantizer):
     """Takes the experts modules out before the weights are loaded, and gives them their tiers afterwards."""
@@ -60,6 +75,7 @@ class MoertQuantizer(HfQuantizer):
         self._stored_as: FormatChoice | None = None
         self._reserved_bytes = 0
         """Of memory that is measured, for the KV cache."""
+        self._is_tiered = self._config.device_memory is not None or handed.get() is not None
 
     @property
     def is_trainable(self) -> bool:
@@ -67,6 +83,10 @@ class MoertQuantizer(HfQuantizer):
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if self._is_tiered and handed.get() is None:
+            device_opening.check_machine(self._config)
 
     def _process_model_before_weight_loading(
         self,
@@ -111,7 +131,8 @@ class MoertQuantizer(HfQuantizer):
 
     def _reserve(self, model: PreTrainedModel, experts: list[str]) -> None:
         """Find out what `model`, whose experts modules are still there, needs beside its weights."""
-        if self._config.host_memory is None:
+        # The cache is where attention is.
+        if self._config.host_memory is None and not self._is_tiered:
             self._reserved_bytes = cache_bytes(model, self._config.context, experts)
 
     def _find_pack(self, checkpoint_files: list[str] | None) -> Pack | None:
@@ -170,6 +191,13 @@ class MoertQuantizer(HfQuantizer):
             module.bind(runtime, layer)
         mark(model, runtime, leave=close)
         look_ahead(model, runtime)
+        if self._is_tiered:
+            device, options = handed.get() or (None, {})
+            try:
+                put_on_device(model, runtime, self._config, device, **options)
+            except BaseException:
+                close(model)
+                raise
         take_over(model, self._config.dense_kernels)
         look_from_forwards(model)
         return model

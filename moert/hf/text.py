@@ -150,6 +150,7 @@ def generate(
     if repetition_penalty is not None:
         options["repetition_penalty"] = repetition_penalty
     watcher = _Watcher(tokenizer, on_text, on_token)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     began = perf_counter()
     output = model.generate(
         **inputs,
@@ -169,7 +170,7 @@ def generate(
         text=tokenizer.decode(ids, skip_special_tokens=True),
         time_to_first_token_s=watcher.times[0] - began,
         decode_s=watcher.times[-1] - watcher.times[0],
-        logits=torch.cat(output.logits).float() if keep_logits else None,
+        logits=torch.cat(output.logits).float().cpu() if keep_logits else None,
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from moert.config import Budget, format_bytes
 from moert.device.base import Device, OutOfDeviceMemoryError
@@ -17,6 +18,7 @@ from moert.runtime.device_budget import Besides, device_slots
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_host import HostLayer, tensor_ranges
 from moert.runtime.device_kernels import LayerKernels, RowByRow
+from moert.runtime.device_pinning import PinnedHost, SharedPinning
 from moert.runtime.device_rows import RowBank, row_bytes
 from moert.runtime.device_table import SlotTable
 from moert.runtime.device_tier import DeviceTier
@@ -32,80 +34,49 @@ WORKSPACE_TOKENS = 2048
 """A step of so many tokens is to find memory for what it computes; longer ones are cut in two where it is short."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """A device, and what of a model it has."""
+
+    device: Device
+    layers: Sequence[LayerCache]
+    dense_bytes: int = 0
+    """Of the model's dense weights, those that are still to be moved there."""
+    cache_bytes: int = 0
+    """Of the KV cache at the context that is asked for."""
+
+
 def attach_device(
     runtime: OffloadRuntime,
     device: Device,
     *,
-    budget: Budget | None = None,
     dense_bytes: int = 0,
     cache_bytes: int = 0,
-    headroom_bytes: int | None = None,
     schedule: str = "exact",
     guarded: bool = True,
-    promoting: bool = True,
-    costs: Costs | None = None,
-    triton: bool | None = None,
     planned: bool | None = None,
-    max_bytes: int | None = None,
+    **options: Any,
 ) -> DeviceTier:
     """Have `runtime` run its steps over `device`, which it owns and closes from then on, also if this fails.
 
-    Allocates the slots there, page-locks the experts' host memory, and unless `config.preload` is False fills the slots
-    with what is in host memory. Blocks.
+    Blocks until `build_tier` and, unless `config.preload` is False, `DeviceTier.preload` are done.
 
     Args:
-        budget: of bytes for experts there; None: what is left beside everything else.
-        dense_bytes: of the model's dense weights, those that are still to be moved there.
-        cache_bytes: of the KV cache at the context that is asked for.
-        headroom_bytes: for what torch and the model's own layers need; None: `device_budget.HEADROOM_BYTES`.
+        dense_bytes, cache_bytes: see `Share`.
         schedule: the scheduler's name.
         guarded: leave it for a pure way where that is seen to be faster.
-        promoting: bring experts up over the idle link.
-        costs: see `DeviceTier`.
-        triton: have the Triton kernels compute what they can; None: on a GPU.
         planned: have the device run passes of one token by itself, where it can; None: where that is seen to be faster,
             which needs `guarded`.
+        **options: of `build_tier`.
 
     Raises:
         CapacityError: the device has not so much memory; the numbers are in the message.
         ConfigError: there is no such scheduler.
     """
     try:
-        layers = runtime.layers
-        needs = [_need(layer) for layer in layers]
-        groups: dict[tuple[TensorSpec, ...], list[LayerCache]] = {}
-        for layer in layers:
-            groups.setdefault(layer.spec.stored, []).append(layer)
-        spare = {specs: _spare_rows(group) for specs, group in groups.items()}
-        besides = Besides(
-            dense_bytes=dense_bytes,
-            cache_bytes=cache_bytes,
-            staging_bytes=sum(row_bytes(specs) * n for specs, n in spare.items()),
-            workspace_bytes=max(_workspace_bytes(layer) for layer in layers),
-        )
-        if headroom_bytes is not None:
-            besides = replace(besides, headroom_bytes=headroom_bytes)
-        slots = device_slots(needs, budget, device.memory, besides)
-        caches = _caches(runtime, device, groups, spare, slots)
-        table = SlotTable(device, caches)
-        use_triton = device.torch_device.type == "cuda" if triton is None else triton
-        kernels = [_kernels(device, cache, table, use_triton) for cache in caches]
-        _warn_of_fallbacks(caches, kernels, use_triton)
-        tier = DeviceTier(
-            device,
-            caches,
-            kernels,
-            table,
-            runtime.pipeline,
-            lambda: _ranges(runtime),
-            reads=runtime.reads,
-            ways=Ways(schedule, device.now, PURE if guarded else (), planned),
-            promoting=promoting,
-            costs=costs,
-            max_bytes=max_bytes,
-            planned=planned,
-            debug=runtime.config.debug,
-        )
+        ways = Ways(schedule, device.now, PURE if guarded else (), planned)
+        share = Share(device, runtime.layers, dense_bytes, cache_bytes)
+        tier = build_tier(runtime, share, ways, planned=planned, **options)
         if runtime.config.preload is not False:
             tier.preload()
         runtime.attach(tier)
@@ -113,6 +84,74 @@ def attach_device(
     except BaseException:
         device.close()
         raise
+
+
+def build_tier(
+    runtime: OffloadRuntime,
+    share: Share,
+    ways: Ways,
+    *,
+    budget: Budget | None = None,
+    headroom_bytes: int | None = None,
+    promoting: bool = True,
+    costs: Costs | None = None,
+    triton: bool | None = None,
+    planned: bool | None = None,
+    max_bytes: int | None = None,
+    lead: PinnedHost | None = None,
+) -> DeviceTier:
+    """The tier of a device over some of a model's layers. Allocates its slots, and page-locks the host memory of all
+    experts unless `lead` has done that. Blocks. The device is the caller's to close where this fails.
+
+    Args:
+        budget: of bytes for experts there; None: what is left beside everything else.
+        headroom_bytes: for what torch and the model's own layers need; None: `device_budget.HEADROOM_BYTES`.
+        promoting: bring experts up over the idle link.
+        costs: see `DeviceTier`.
+        triton: have the Triton kernels compute what they can; None: on a GPU.
+        planned: False: the device runs no pass by itself.
+        lead: see `SharedPinning`.
+
+    Raises:
+        CapacityError: the device has not so much memory; the numbers are in the message.
+    """
+    device, layers = share.device, share.layers
+    needs = [_need(layer) for layer in layers]
+    groups: dict[tuple[TensorSpec, ...], list[LayerCache]] = {}
+    for layer in layers:
+        groups.setdefault(layer.spec.stored, []).append(layer)
+    spare = {specs: _spare_rows(group) for specs, group in groups.items()}
+    besides = Besides(
+        dense_bytes=share.dense_bytes,
+        cache_bytes=share.cache_bytes,
+        staging_bytes=sum(row_bytes(specs) * n for specs, n in spare.items()),
+        workspace_bytes=max(_workspace_bytes(layer) for layer in layers),
+    )
+    if headroom_bytes is not None:
+        besides = replace(besides, headroom_bytes=headroom_bytes)
+    numbers = device_slots(needs, budget, device.memory, besides)
+    slots = {layer.spec.index: n for layer, n in zip(layers, numbers, strict=True)}
+    caches = _caches(runtime, device, groups, spare, slots)
+    table = SlotTable(device, caches)
+    use_triton = device.torch_device.type == "cuda" if triton is None else triton
+    kernels = [_kernels(device, cache, table, use_triton) for cache in caches]
+    _warn_of_fallbacks(caches, kernels, use_triton)
+    return DeviceTier(
+        device,
+        caches,
+        kernels,
+        table,
+        runtime.pipeline,
+        lambda: _ranges(runtime),
+        reads=runtime.reads,
+        ways=ways,
+        promoting=promoting,
+        costs=costs,
+        max_bytes=max_bytes,
+        planned=planned,
+        debug=runtime.config.debug,
+        pinned=None if lead is None else SharedPinning(device, lead),
+    )
 
 
 def _need(layer: LayerCache) -> LayerNeed:
@@ -136,7 +175,7 @@ def _caches(
     device: Device,
     groups: dict[tuple[TensorSpec, ...], list[LayerCache]],
     spare: dict[tuple[TensorSpec, ...], int],
-    slots: Sequence[int],
+    slots: Mapping[int, int],
 ) -> list[DeviceCache]:
     banks = {}
     for number, (specs, group) in enumerate(groups.items()):
@@ -150,7 +189,8 @@ def _caches(
                 f"no longer ({error}); end what else uses it, or give device_memory less"
             ) from error
     caches = []
-    for layer, n in zip(runtime.layers, slots, strict=True):
+    for layer in (runtime.layers[index] for index in slots):
+        n = slots[layer.spec.index]
         residency = Residency(n, make_policy(runtime.config.policy, n))
         caches.append(DeviceCache(layer.spec, residency, banks[layer.spec.stored], HostLayer(layer)))
     return caches
@@ -179,7 +219,7 @@ def _warn_of_fallbacks(caches: Sequence[DeviceCache], kernels: Sequence[LayerKer
             f"{len(fallen)} of {len(caches)} layers of experts are computed on the device by the model's own code, one "
             f"expert after the other, not by moert's kernels: {'; '.join(dict.fromkeys(map(str, fallen)))}",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from moert.device.base import Device
+from moert.device.base import Device, OutOfDeviceMemoryError
 from moert.runtime.compute import Compute, ExpertCompute
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_kernels import Inputs, LayerKernels
@@ -38,12 +38,12 @@ def measure_costs(
     milliseconds; leaves nothing behind. Hidden states are [T, `width`] in `dtype`.
 
     Returns:
-        None if none of the layer's experts is in host memory now, or there is no row to try one in.
+        None if none of the layer's experts is in host memory now, or the device has no row or no memory to try one in.
 
     The parts are timed one after the other, so what they take from each other is not in it: the `Guard` sees to that.
 
     Raises:
-        DeviceLostError, OutOfDeviceMemoryError: the device is gone, or full.
+        DeviceLostError: the device is gone.
     """
     spec, bank = cache.spec, cache.bank
     all_experts = (ExpertId(spec.index, expert) for expert in range(spec.num_experts))
@@ -81,6 +81,8 @@ def measure_costs(
 
             on_device.append(_median(device, run))
             cpu.append(_median(device, run_here))
+    except OutOfDeviceMemoryError:
+        return None  # fewer tokens may fit
     finally:
         bank.give_back(row)
     read_s = spec.expert_bytes / DISK_BYTES_PER_S

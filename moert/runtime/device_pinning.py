@@ -138,6 +138,28 @@ class PinnedHost:
             del self._begins[-1:], self._ends[-1:]
 
 
+class SharedPinning(PinnedHost):
+    """For one more device over the same host memory: locked for all devices at once, by the one that `lead` is of."""
+
+    def __init__(self, device: Device, lead: PinnedHost) -> None:
+        super().__init__(device)
+        self._lead = lead
+
+    @property
+    def locked_bytes(self) -> int:
+        """None of its own."""
+        return 0
+
+    def lock(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """The lead does that."""
+
+    def is_locked(self, tensor: torch.Tensor) -> bool:
+        return self._lead.is_locked(tensor)
+
+    def unlock(self) -> None:
+        """The lead does that."""
+
+
 def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """[begin, end) of whole pages, ascending, apart from each other."""
     merged: list[tuple[int, int]] = []

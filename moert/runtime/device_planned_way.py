@@ -22,7 +22,7 @@ class PlannedWay:
 
     def __init__(self, ways: Ways, counts: DeviceCounts) -> None:
         """It takes no pass until it is made."""
-        self._ways, self._counts = ways, counts
+        self.ways, self.counts = ways, counts
         self._passes: PlannedPasses | None = None
         self._device: Device | None = None
         self._layers = 0
@@ -60,13 +60,13 @@ class PlannedWay:
     def pass_begins(self, tokens: int) -> None:
         """The first layer of a pass is to run."""
         if not self.has_begun:
-            self._ways.begin(tokens)
+            self.ways.begin(tokens)
         self._has_begun = False
 
     def begin(self) -> bool:
         """A pass of one token begins, before its first layer; whether a graph may do all of it."""
-        self._ways.begin(1)
-        is_planned = self.is_on and self._ways.way == PLANNED
+        self.ways.begin(1)
+        is_planned = self.is_on and self.ways.way == PLANNED
         if is_planned:
             self._count_steps(self._layers)
         self._has_begun = not is_planned
@@ -78,11 +78,11 @@ class PlannedWay:
             return False
         if self._is_captured:
             return True
-        is_wanted = self._ways.way == PLANNED and ids.shape == (1, spec.top_k)
+        is_wanted = self.ways.way == PLANNED and ids.shape == (1, spec.top_k)
         if is_wanted and (self.is_on or (spec.index == 0 and self._enter())):
             return True
         self.settle()
-        self._ways.do_not_plan()
+        self.ways.do_not_plan()
         return False
 
     def _enter(self) -> bool:
@@ -94,7 +94,7 @@ class PlannedWay:
             except ValueError as error:
                 why_not = str(error)
             else:
-                self._ways.forget()  # this takes longer than a pass
+                self.ways.forget()  # this takes longer than a pass
                 return True
         if why_not is not None:
             self._never(why_not)
@@ -102,7 +102,7 @@ class PlannedWay:
 
     def _never(self, why_not: str) -> None:
         self._passes, self.why_not = None, why_not
-        self._ways.do_not_plan(ever=True)
+        self.ways.do_not_plan(ever=True)
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
         """See `PlannedPasses.run`; None: there was no memory for it, no expert is resident any more, and rows are
@@ -114,18 +114,18 @@ class PlannedWay:
             out = self._passes.run(layer, hidden, ids, weights)
         except OutOfDeviceMemoryError:
             self._passes.abandon()
-            self._ways.do_not_plan()
+            self.ways.do_not_plan()
             return None
         self._count_steps(1)
         return out
 
     def _count_steps(self, steps: int) -> None:
-        self._counts.ways[PLANNED] = self._counts.ways.get(PLANNED, 0) + steps
+        self.counts.ways[PLANNED] = self.counts.ways.get(PLANNED, 0) + steps
 
     def capture(self, work: Callable[[], object]) -> Graph:
         """Make a graph of a pass that is run here; its steps count as none."""
         assert self._device is not None and self.is_on
-        self._ways.forget()  # this takes longer than a pass
+        self.ways.forget()  # this takes longer than a pass
         self._is_captured = True
         try:
             return self._device.capture(work)
@@ -136,15 +136,15 @@ class PlannedWay:
         """Bring all counts up to date; blocks until the device has got there."""
         if self._passes is not None and self._passes.is_entered:
             uses, misses = self._passes.count()
-            self._counts.on_device += uses
-            self._counts.fetched += misses
+            self.counts.on_device += uses
+            self.counts.fetched += misses
 
     def settle(self) -> None:
         """Have the host know everything that there is to know; blocks until the device has got there."""
         if self._passes is not None and self._passes.is_entered:
             self.count()
             self._passes.leave()
-            self._ways.forget()
+            self.ways.forget()
 
     def forget_addresses(self) -> None:
         """Host memory has moved, or is going to."""

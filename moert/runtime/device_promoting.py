@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moert.device.base import Event
+from moert.runtime.device_by_layer import ByLayer
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_transfers import DeviceTransfers
 from moert.schedule import Promotion
@@ -16,7 +17,7 @@ class Promoting:
     """Drives a `Promotion` with real copies; steps call it between each other."""
 
     def __init__(
-        self, caches: Sequence[DeviceCache], transfers: DeviceTransfers, promotion: Promotion | None = None
+        self, caches: ByLayer[DeviceCache], transfers: DeviceTransfers, promotion: Promotion | None = None
     ) -> None:
         self._caches, self._transfers = caches, transfers
         self._promotion = promotion or Promotion()

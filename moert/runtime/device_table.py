@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from moert.device.base import Device, Event, PinningRefusedError, Stream
+from moert.runtime.device_by_layer import caches_by_layer
 from moert.runtime.device_cache import DeviceCache
 from moert.types import ExpertId
 
@@ -14,13 +15,14 @@ _BUFFERS = 8
 
 
 class SlotTable:
-    """int32 [L, E]: the row of each resident of each layer, -1 for none; and one table more for a few experts at a
-    time. Whatever changes is copied in the order of the stream that reads it."""
+    """int32 [L, E]: the row of each resident of each layer that the device has, -1 for none; and one table more for a
+    few experts at a time. Whatever changes is copied in the order of the stream that reads it."""
 
-    def __init__(self, device: Device, caches: Sequence[DeviceCache]) -> None:
+    def __init__(self, device: Device, caches: Iterable[DeviceCache]) -> None:
         """Raises OutOfDeviceMemoryError."""
-        self._device, self._caches = device, tuple(caches)
-        self._experts = max(cache.spec.num_experts for cache in caches)
+        self._device, self._caches = device, caches_by_layer(caches)
+        self._row_of = {layer: row for row, layer in enumerate(self._caches.layers)}
+        self._experts = max(cache.spec.num_experts for cache in self._caches)
         rows = len(self._caches) + 1
         self._memory = device.allocate(rows * self._experts * 4)
         self._table = self._memory.view(torch.int32).view(rows, self._experts)
@@ -31,11 +33,12 @@ class SlotTable:
     def residents(self, layer: int, stream: Stream) -> torch.Tensor:
         """[E] of a layer, as it is now; for launches in `stream` only."""
         cache = self._caches[layer]
-        view = self._table[layer, : cache.spec.num_experts]
-        if self._versions[layer] != cache.version:
+        row = self._row_of[layer]
+        view = self._table[row, : cache.spec.num_experts]
+        if self._versions[row] != cache.version:
             rows = {expert.expert: cache.row_of(expert) for expert in cache.residency.residents}
             self._write(view, rows, stream)
-            self._versions[layer] = cache.version
+            self._versions[row] = cache.version
         return view
 
     def whole(self, layer: int, rows: Mapping[int, int], stream: Stream) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from moert.device.base import Device, Graph, OutOfDeviceMemoryError
 from moert.runtime.compute import Compute, ExpertCompute, Fused, OneByOne, Scratch
+from moert.runtime.device_by_layer import ByLayer, caches_by_layer
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_costs import measure_costs
 from moert.runtime.device_counts import DeviceCounts
@@ -55,19 +56,23 @@ class DeviceTier:
         max_bytes: int | None = None,
         planned: bool | None = None,
         debug: bool = False,
+        pinned: PinnedHost | None = None,
     ) -> None:
         """
         Args:
             planned: False: the device runs no pass by itself, whatever `ways` would like.
+            caches: of the layers that the device has; `kernels` are theirs.
             pipeline: from disk to host memory; `reads` says whether anything is there.
             costs: of one expert, for the scheduler; None: they are measured in the first step.
             max_bytes: of copies under way at once; None: the default.
+            pinned: what is page-locked, where another device sees to that; None: this one.
         """
-        self.device, self.caches, self._kernels, self._table = device, tuple(caches), tuple(kernels), table
-        self.pinned = PinnedHost(device)
+        self.device, self.caches, self._table = device, caches_by_layer(caches), table
+        self._kernels = ByLayer({cache.spec.index: one for cache, one in zip(caches, kernels, strict=True)})
+        self.pinned = PinnedHost(device) if pinned is None else pinned
         self._ranges = ranges
         self.transfers = DeviceTransfers(
-            device, caches, self.pinned, pipeline if reads else None, *(() if max_bytes is None else (max_bytes,))
+            device, self.caches, self.pinned, pipeline if reads else None, *(() if max_bytes is None else (max_bytes,))
         )
         self._pipeline = pipeline
         self.ways = ways
@@ -84,7 +89,21 @@ class DeviceTier:
         self.planned = PlannedWay(self.ways, self.counts)
         """Passes that the device runs by itself."""
         if planned is not False:
-            self.planned.make(device, self.caches, self._kernels, self.pinned, self.transfers)
+            self.planned.make(device, tuple(self.caches), tuple(self._kernels), self.pinned, self.transfers)
+
+    def go_by(self, ways: Ways) -> None:
+        """Run passes as `ways` says from here on; between passes."""
+        self.ways = self.planned.ways = ways
+
+    def reset_counts(self) -> None:
+        """Start counting anew."""
+        self.count()
+        self.counts = self.planned.counts = DeviceCounts()
+
+    @property
+    def kernels(self) -> tuple[LayerKernels, ...]:
+        """What computes each layer on the device."""
+        return tuple(self._kernels)
 
     @property
     def banks(self) -> list[RowBank]:

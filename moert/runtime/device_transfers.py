@@ -7,10 +7,11 @@ What is on disk is read into host memory first, by the pipeline of that tier and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from moert.device.base import Device, Event
+from moert.runtime.device_by_layer import caches_by_layer
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_pinning import PinnedHost
 from moert.runtime.device_rows import RowBank
@@ -76,13 +77,13 @@ class DeviceTransfers:
     def __init__(
         self,
         device: Device,
-        layers: Sequence[DeviceCache],
+        layers: Iterable[DeviceCache],
         pinned: PinnedHost,
         from_disk: Pipeline | None,
         max_bytes: int = MAX_BYTES_IN_FLIGHT,
     ) -> None:
-        """`from_disk` brings up what is not in host memory; None: everything is. `layers[i].spec.index` is i."""
-        self._device, self._layers, self._pinned, self._from_disk = device, tuple(layers), pinned, from_disk
+        """`from_disk` brings up what is not in host memory; None: everything is."""
+        self._device, self._layers, self._pinned, self._from_disk = device, caches_by_layer(layers), pinned, from_disk
         self._max_bytes = max_bytes
         self._queue: dict[ExpertId, bool] = {}
         """Prefetches that have not started, and whether the disk has been asked for them."""
@@ -321,7 +322,8 @@ class DeviceTransfers:
         assert not self._queue.keys() & self._coming.keys(), "queued and under way"
         copied = {copy.expert for copy in self._copies}
         copied |= {coming.expert for coming in self._coming.values() if not coming.is_whole}
-        for index, cache in enumerate(self._layers):
+        for cache in self._layers:
+            index = cache.spec.index
             for expert in self._coming:
                 assert expert.layer != index or expert not in cache.residency, f"{expert} is resident and coming"
             held = cache.host.held()

@@ -37,6 +37,7 @@ from moert.tiers.disk import DiskReader, Priority
 from moert.types import ExpertId
 
 if TYPE_CHECKING:
+    from moert.runtime.device_group import DeviceGroup
     from moert.runtime.device_tier import DeviceTier
 
 R = TypeVar("R")
@@ -74,7 +75,7 @@ class OffloadRuntime(UsedAlone):
         self._scratch = Scratch()
         self.look_ahead: LookAhead | None = None
         """Prefetches what the next layers are expected to need; None: nothing is predicted."""
-        self.device: DeviceTier | None = None
+        self.device: DeviceTier | DeviceGroup | None = None
         """The tier above host memory; `attach` sets it."""
         self._all_rest = False
         """Whether the latest `run_ahead` was of all layers, and no predictor need be told."""
@@ -82,7 +83,7 @@ class OffloadRuntime(UsedAlone):
         self._read_s_before = 0.0
         self._read_s_at_reset = 0.0
 
-    def attach(self, device: DeviceTier) -> None:
+    def attach(self, device: DeviceTier | DeviceGroup) -> None:
         """Run every step over a device from now on, and own it."""
         assert self.device is None, "there is a device already"
         self.device = device

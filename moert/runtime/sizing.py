@@ -18,6 +18,7 @@ from moert.runtime.watch import MemoryWatch
 from moert.tiers.memory import memory_report
 
 if TYPE_CHECKING:
+    from moert.runtime.device_group import DeviceGroup
     from moert.runtime.device_tier import DeviceTier
 
 
@@ -28,7 +29,7 @@ class HostSizing:
         self._tier, self._layers, self._pipeline, self._check = tier, layers, pipeline, config.debug
         self._watch = MemoryWatch() if config.shrink_on_pressure else None
         self._resizing = False
-        self.device: DeviceTier | None = None
+        self.device: DeviceTier | DeviceGroup | None = None
         """What reads the slots too."""
         self.shrinks = 0
         """How often memory has run short."""
