@@ -13,6 +13,7 @@ WHOLE = 100
 SHARE_OF_BOUND = Target(0.70, at_most=False)
 OVERLAP = Target(1.10)
 GRAPH = Target(1.8, at_most=False)
+GRAPH_OVER_EAGER = "graph over eager"
 
 
 class Found:
@@ -46,7 +47,9 @@ def judge(rows: Rows, link: float, expert_bytes: int) -> None:
         _prefill(rows, found, share, link)
         _same_tokens(rows, found, share)
         _beside_hf(rows, found, share)
-    rows.add("decode, graph over eager", None, "x", goal="G9", target=GRAPH, why="there is no graph of a step yet")
+    if not any(row["what"].endswith(GRAPH_OVER_EAGER) for row in rows.rows):
+        why = "its part was not measured"
+        rows.add(f"decode, {GRAPH_OVER_EAGER}", None, "x", goal="G9", target=GRAPH, why=why)
 
 
 def _bound(rows: Rows, found: Found, share: int, link: float, expert_bytes: int) -> None:

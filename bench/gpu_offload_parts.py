@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import gpu_graphs
 import torch
 from gpu_layers import Setting
 from gpu_random_model import Draw, in_huge_pages, layer_bytes, make_model, most_layers, shape_of
@@ -123,6 +124,11 @@ def at_budget(share: int) -> Work:
         _add_peak(rows, setting, f"bf16 at {share} %")
 
     return work
+
+
+def graphs(share: int) -> Work:
+    """The device's own passes, with and without graphs."""
+    return lambda plan, rows, until: gpu_graphs.compare(plan.setting, plan.layers, share, rows, until)
 
 
 def beside_hf(share: int) -> Work:

@@ -27,6 +27,7 @@ WAYS = {
     FETCHED: ("fetch_all", (), False),
     "all on the CPU": ("cpu_all", (), False),
     "static split": ("static_split", (), False),
+    "the device alone": ("fetch_all", (), True),
 }
 """Name -> scheduler, what a guard may leave it for, and whether the device runs single tokens by itself. All have the
 same cache, and promotions."""

@@ -41,6 +41,8 @@ class GraphedForward(OwnForward):
         self._signature: tuple[Any, ...] | None = None
         self._seen = 0
         self._pass: _Pass | None = None
+        self.is_on = True
+        """Whether passes are made graphs; else the model's code starts each kernel, with the same result."""
         self.captured = 0
         """Graphs so far."""
         self.replayed = 0
@@ -55,7 +57,7 @@ class GraphedForward(OwnForward):
         if args and len(args) <= len(self._names):
             kwargs |= dict(zip(self._names, args, strict=False))
             args = ()
-        if args or own is not self._forward or not self._is_usual(module, kwargs):
+        if args or not self.is_on or own is not self._forward or not self._is_usual(module, kwargs):
             return own(module, *args, **kwargs)
         signature = _signature(kwargs)
         if signature != self._signature or not (self._pass is None or self._pass.takes(kwargs["past_key_values"])):

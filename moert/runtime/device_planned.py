@@ -172,6 +172,7 @@ class PlannedPasses:
             of.counted = (now_used, now_missed)
             of.cache.stats.hits += used - missed
             of.cache.stats.misses += missed
+            self._transfers.counts.nbytes += missed * of.cache.expert_bytes
             uses, misses = uses + used, misses + missed
         return uses, misses
 

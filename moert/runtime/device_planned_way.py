@@ -75,6 +75,8 @@ class PlannedWay:
     def takes(self, spec: LayerSpec, ids: torch.Tensor) -> bool:
         """Whether a step is run here. If not, the host knows everything there is to know when this returns."""
         if self._passes is None:
+            if self.ways.way == PLANNED:
+                self.ways.do_not_plan(ever=True)
             return False
         if self._is_captured:
             return True
