@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -131,9 +132,10 @@ def test_a_gpu_that_cannot_capture_something_is_not_lost() -> None:
         return work
 
     refused = RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
-    with pytest.raises(CaptureError, match="operation not permitted when stream is capturing"):
-        device.capture(fails(refused))
-    assert not device.is_lost
+    for work in (fails(refused), lambda: device.compute.launch(fails(refused))):
+        with pytest.raises(CaptureError, match="operation not permitted when stream is capturing"):
+            device.capture(work)
+        assert not device.is_lost
     with pytest.raises(OutOfDeviceMemoryError):
         device.capture(fails(torch.OutOfMemoryError("no memory")))
     with pytest.raises(CaptureError, match="mine"):
@@ -281,6 +283,13 @@ def test_a_model_that_waits_for_the_device_is_run_as_it_is(
     with pytest.warns(RuntimeWarning, match="cannot be made a graph, so each of its kernels is started one by one"):
         same(static(model), wanted)
     assert forward.captured == 0 and "waits for the device" in str(forward.why_not)
+
+
+@interpreted
+def test_it_takes_what_the_model_takes(graphed: Callable[..., Any]) -> None:
+    model, _, forward = graphed()
+    assert inspect.signature(forward) == inspect.signature(type(model).forward.__get__(model))
+    assert model._supports_logits_to_keep()
 
 
 @interpreted

@@ -62,6 +62,7 @@ class CudaDevice(Device):
         self._lost: str | None = None
         self._locked: dict[int, int] = {}
         self._closed = False
+        self._is_captured = False
         self.reads_host = _reads_host(index)
         with self.calls():
             # A lower number comes first.
@@ -80,7 +81,7 @@ class CudaDevice(Device):
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemoryError(f"{self.name} is out of memory: {_first_line(error)}") from error
         except RuntimeError as error:
-            if not _is_cuda_error(error):
+            if self._is_captured or not _is_cuda_error(error):
                 raise
             # What a kernel or copy did wrong shows in some later call, and every call after it fails as well.
             self._lost = _first_line(error)
@@ -112,6 +113,7 @@ class CudaDevice(Device):
     def capture(self, work: Callable[[], object]) -> Graph:
         self.synchronize()
         graph = self._cuda.CUDAGraph()
+        self._is_captured = True
         try:
             # Other threads of the process may go on with the device: what they do is none of the graph's.
             with self._cuda.device(self.index), self._cuda.graph(graph, capture_error_mode="thread_local"):
@@ -120,8 +122,11 @@ class CudaDevice(Device):
             raise OutOfDeviceMemoryError(f"{self.name} is out of memory: {_first_line(error)}") from error
         except RuntimeError as error:
             # A call that no graph takes spoils the capture and nothing else; anything worse shows here.
+            self._is_captured = False
             self.synchronize()
             raise CaptureError(f"{self.name} cannot make a graph of this: {_first_line(error)}") from error
+        finally:
+            self._is_captured = False
         return _CudaGraph(self, graph)
 
     @property

@@ -37,7 +37,9 @@ class GraphedForward(OwnForward):
         super().__init__(module)
         self._runtime = runtime
         self._forward = type(module).forward
-        self._names = list(inspect.signature(self._forward).parameters)[1:]
+        # `generate` looks at what a model takes.
+        self.__signature__ = inspect.signature(module.forward)
+        self._names = list(self.__signature__.parameters)
         self._signature: tuple[Any, ...] | None = None
         self._seen = 0
         self._pass: _Pass | None = None
