@@ -36,6 +36,7 @@ def compare(setting: Setting, layers: int, share: int, rows: Rows, until: float)
     """
     from moert.hf import patching
 
+    layers = 1 if setting.is_dry else layers
     model = make_model(setting, layers)
     # Kernels of the CPU could not be captured where it stands for a GPU.
     config = OffloadConfig(device_memory=f"{share}%", predictor="none", dense_kernels=False)
@@ -43,7 +44,8 @@ def compare(setting: Setting, layers: int, share: int, rows: Rows, until: float)
     patching.patch(model, config, device=device, triton=True, promoting=False)
     go_by(model, ALONE)
     forward = vars(model)["forward"]
-    prompt, tokens = prompt_of(model, setting, 8), 6 if setting.is_dry else 48
+    # The kernels for few tokens alone take seconds under the interpreter, and the others more.
+    prompt, tokens = (prompt_of(model, setting, 2), 4) if setting.is_dry else (prompt_of(model, setting, 32), 48)
     runs: dict[bool, list[Run]] = {False: [], True: []}
     for _ in range(1 if setting.is_dry else ROUNDS):
         for is_graph in (False, True):

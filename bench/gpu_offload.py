@@ -38,7 +38,7 @@ PARTS = (
     Part("budget 25 %", 80, at_budget(25)),
     Part("device_map 25 %", 60, beside_hf(25)),
     *(Part(f"budget {share} %", 60, at_budget(share)) for share in SHARES if share != 25),
-    *(Part(f"graphs {share} %", 50, graphs(share)) for share in (WHOLE, 25)),
+    *(Part(f"graphs {share} %", 50, graphs(share)) for share in (25, WHOLE)),
     Part("checkpoint", 40, write_checkpoint),
     Part("disk", 50, from_disk),
     Part("int4", 60, int4),

@@ -97,7 +97,9 @@ def probe(plan: Plan, rows: Rows, until: float) -> None:
 
 def config(setting: Setting, share: int, **options: Any) -> OffloadConfig:
     """Of one kind for all parts: no predictor knows a synthetic trace, and a dry run's CPU is to stand for a GPU."""
-    return OffloadConfig(device_memory=f"{share}%", predictor="none", dense_kernels=False, **options)
+    return OffloadConfig(
+        device_memory=f"{share}%", predictor="none", dense_kernels=False, context=_context(setting), **options
+    )
 
 
 def at_budget(share: int) -> Work:
@@ -109,7 +111,7 @@ def at_budget(share: int) -> Work:
         setting = plan.setting
         model = make_model(setting, plan.layers)
         begin = time.perf_counter()
-        patching.patch(model, config(setting, share), device=make_device(setting), context=_context(setting))
+        patching.patch(model, config(setting, share), device=make_device(setting))
         rows.add(f"patched, bf16 at {share} %", time.perf_counter() - begin, "s")
         tiered = Tiered(model, setting, plan.routing, rows, until, stored_as="bf16", share=share)
         if share == 100:
@@ -128,7 +130,12 @@ def at_budget(share: int) -> Work:
 
 def graphs(share: int) -> Work:
     """The device's own passes, with and without graphs."""
-    return lambda plan, rows, until: gpu_graphs.compare(plan.setting, plan.layers, share, rows, until)
+
+    def work(plan: Plan, rows: Rows, until: float) -> None:
+        if share == 25 or not plan.setting.is_dry:  # one of them is enough of the interpreter's time
+            gpu_graphs.compare(plan.setting, plan.layers, share, rows, until)
+
+    return work
 
 
 def beside_hf(share: int) -> Work:
@@ -205,10 +212,9 @@ def _loaded(plan: Plan, folder: Path, rows: Rows, until: float, stored_as: str, 
     from moert.hf import loading
 
     setting = plan.setting
-    device_options = {"context": _context(setting)}
     begin = time.perf_counter()
     chosen, device = config(setting, 25, **options), make_device(setting)
-    model = loading.load(folder, chosen, None, device=device, device_options=device_options, dtype="auto")
+    model = loading.load(folder, chosen, None, device=device, dtype="auto")
     rows.add(f"loaded, {stored_as} at 25 %", time.perf_counter() - begin, "s")
     tiered = Tiered(model.eval(), setting, plan.routing, rows, until, stored_as=stored_as, share=25)
     for way in (HYBRID, FETCHED):
