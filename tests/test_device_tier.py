@@ -84,6 +84,13 @@ class TierMachine(RuleBasedStateMachine):
         else:
             assert found == self.tier.right(layer, event)
 
+    @rule(layer=st.integers(0, LAYERS - 1), tokens=st.integers(E, 2 * E), most=st.integers(1, 2 * E))
+    def prompt(self, layer: int, tokens: int, most: int) -> None:
+        """Every expert is needed, of so many tokens also the next layer's, and perhaps of a few tokens at a time."""
+        self.tier.tier.most_tokens = most
+        self.step(layer, [[token % E, (token + 1) % E] for token in range(tokens)])
+        self.tier.tier.most_tokens = None
+
     @rule(experts=st.lists(EXPERTS, max_size=4))
     def prefetch(self, experts: list[tuple[int, int]]) -> None:
         self.tier.tier.prefetch(ExpertId(*expert) for expert in experts)
@@ -323,6 +330,20 @@ def test_an_expert_that_cannot_be_read_fails_its_step_alone() -> None:
     assert tier.step(0, [[1, 2]]) == tier.right(0, [[1, 2]])
     tier.disk.failing = set()
     assert tier.step(0, [[1, 3], [2, 4]]) == tier.right(0, [[1, 3], [2, 4]])
+    tier.check()
+
+
+def test_a_step_that_failed_keeps_no_row() -> None:
+    tier = NumberTier(device_slots=1, spare_rows=1, schedule="fetch_all", costs=ALL_ON_DEVICE, promoting=False)
+    for layer in (0, 1):
+        for expert in (0, 1):
+            tier.step(layer, [[expert]])
+    tier.disk.failing = {ExpertId(0, 3)}
+    (missing,) = {ExpertId(0, 0), ExpertId(0, 1)} - set(tier.caches[0].residency.residents)
+    with pytest.raises(TransferError):
+        tier.step(0, [[missing.expert, 3]])
+    for expert in (0, 1):
+        assert tier.step(1, [[expert]]) == tier.right(1, [[expert]])
     tier.check()
 
 

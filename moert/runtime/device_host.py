@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -78,6 +78,14 @@ class HostLayer:
     def let_go(self, expert: ExpertId) -> None:
         if self._held is not None:
             self._held.let_go(expert)
+
+    def expect(self, experts: Collection[ExpertId]) -> int:
+        """The next step is expected to need these, which are there: what is read until then takes the place of others.
+        How many places there are for it. Between steps."""
+        if self._held is None:
+            return 0
+        self._held.expect(experts)
+        return self._held.capacity - len(self._held.held | self._held.arriving | set(experts))
 
     def held(self) -> frozenset[ExpertId]:
         return frozenset() if self._held is None else frozenset(self._held.held)

@@ -60,5 +60,6 @@ def plan_step(
     known = set(plan.read)
     needed = [*plan.fetch, *plan.cpu]
     plan.read += [turn for turn in needed if turn not in known and not cache.host.has(event[turn])]
-    plan.here.sort()
+    # The least valuable first: whoever has been computed may make room for what comes up.
+    plan.here.sort(key=lambda turn: (value(event[turn]), turn))
     return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -44,7 +45,8 @@ class RowBank:
         self.memory: torch.Tensor | None = device.allocate(n_rows * self.row_bytes)
         self._table = self.memory.view(n_rows, self.row_bytes)
         self._views = [self._layout.views(self._table[row]) for row in range(n_rows)]
-        self._free = list(range(n_rows - 1, -1, -1))
+        # First come, first served: whoever takes a row waits for its last reader, and the first one is done first.
+        self._free = deque(range(n_rows))
         self._fillings = [0] * n_rows
         self._filled: list[Event | None] = [None] * n_rows
         self._read: list[Event | None] = [None] * n_rows
@@ -67,8 +69,8 @@ class RowBank:
         return self._views[row]
 
     def take(self) -> int | None:
-        """A free row, which is the caller's until `give_back`; None: there is none."""
-        return self._free.pop() if self._free else None
+        """The row that has been free for longest, which is the caller's until `give_back`; None: there is none."""
+        return self._free.popleft() if self._free else None
 
     def give_back(self, row: int) -> None:
         """Nobody is going to read what is in the row."""
@@ -164,7 +166,7 @@ class RowBank:
         """All rows are free but those that somebody still has; the device has done everything."""
         self.forget_events()
         held = set(owned)
-        self._free = [row for row in range(self.n_rows - 1, -1, -1) if row not in held]
+        self._free = deque(row for row in range(self.n_rows) if row not in held)
 
     def check_integrity(self, owned: Sequence[int]) -> None:
         """Assert that every row is free or somebody's, and nobody's twice."""

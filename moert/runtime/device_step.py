@@ -5,7 +5,7 @@ Where an expert runs and when it comes decides nothing but the time: outputs are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -20,13 +20,15 @@ from moert.runtime.device_mailbox import CpuShare, Mailbox
 from moert.runtime.device_plan import StepPlan
 from moert.runtime.device_transfers import Coming, DeviceTransfers
 from moert.runtime.pipeline import Pipeline
+from moert.tiers.read import Priority
 from moert.types import ExpertId
 
 BATCH_PICKS = 512
 """While experts are still to come up from disk, the CPU computes so many picks at once before it looks after them."""
 
 ARRIVAL_GROUPS = 4
-"""Experts that are copied together are launched in so many parts, each behind its own copies."""
+"""Experts that can be on their way at once are launched in so many parts, each behind its own copies: while one part is
+computed and its rows are not free yet, the others come up."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,13 @@ class DeviceStep:
         on_cpu: ExpertCompute,
         inputs: Inputs,
         plan: StepPlan,
+        then: Callable[[], None] | None = None,
     ) -> None:
         """Takes all the memory the step needs; else nothing has happened yet.
 
         Args:
             on_cpu: computes from host memory.
+            then: called once all the step's copies have been started and all rows beside the residents are free.
 
         Raises:
             OutOfDeviceMemoryError: there is not so much.
@@ -65,9 +69,16 @@ class DeviceStep:
         self._ids = [ExpertId(cache.spec.index, group.expert) for group in inputs.groups]
         self._here, self._cpu = list(plan.here), list(plan.cpu)
         self._fetch, self._read = list(plan.fetch), list(plan.read)
-        self._opened: OpenStep = kernels.open(inputs, whole=not plan.cpu and len(plan.fetch) <= cache.bank.n_free)
+        self._n_coming = len(plan.fetch) + sum(self._transfers.coming(expert) is not None for expert in self._ids)
+        """Experts that come up beside the residents and have not been launched."""
+        rows = self._transfers.rows_beside(cache.bank)
+        self._reuses_rows = self._n_coming > rows
+        self._group_size = -(-min(self._n_coming, rows) // ARRIVAL_GROUPS) or 1
+        self._beside: dict[int, int] = {}
+        """Residents that are launched with them: group -> row."""
+        self._opened: OpenStep = kernels.open(inputs, whole=not plan.cpu and not self._reuses_rows)
         self._share: CpuShare | None = machinery.mailbox.open(inputs, plan.cpu) if plan.cpu else None
-        self._launched: dict[int, int] = {}
+        self._then = then
         self.misses: tuple[ExpertId, ...] = ()
         """Of the event, known once it runs."""
 
@@ -93,7 +104,6 @@ class DeviceStep:
             return self._run()
         except MoertError:
             self._pipeline.withdraw(needed)
-            self._transfers.demote(cache.spec.index)
             raise
         finally:
             # Whatever else is raised is followed by `recover`.
@@ -102,12 +112,17 @@ class DeviceStep:
             cache.residency.end()
 
     def _run(self) -> torch.Tensor:
-        rows = {turn: self._row_here(turn) for turn in self._here}
+        there, coming = self._rows_here()
         held: dict[int, int] = {}
-        if self._opened.can_split:
-            self._launch(rows)
+        if not self._opened.can_split:
+            held = {**there, **coming}
+        elif self._reuses_rows:
+            self._beside = there
+            self._launch_in_groups(coming)
         else:
-            held = rows
+            self._launch(there)
+            self._launch_in_groups(coming)
+        self._go_on()
         while self._fetch or self._cpu:
             self._transfers.collect()
             if self._pipeline.busy:
@@ -115,26 +130,57 @@ class DeviceStep:
                 self._pipeline.pump()
             started = self._start_fetches()
             if self._opened.can_split:
-                size = -(-len(started) // ARRIVAL_GROUPS) or 1
-                turns = list(started)
-                for begin in range(0, len(turns), size):
-                    self._launch({turn: started[turn] for turn in turns[begin : begin + size]})
+                self._launch_in_groups(started)
             else:
                 held.update(started)
-            computed = self._compute_on_cpu()
-            if not started and not computed:
+            self._go_on()
+            is_computed = self._compute_on_cpu()
+            if not started and not is_computed:
                 self._wait()
         if held:
             self._launch(held)
         return self._finish()
 
-    def _row_here(self, turn: int) -> int:
-        expert = self._ids[turn]
-        if expert in self._cache.residency:
-            return self._cache.row_of(expert)
-        coming = self._transfers.demand(expert)
-        assert coming is not None
-        return coming.row
+    def _rows_here(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Group -> row of those that can be computed at once, and of those on their way, as they come."""
+        turn_of = {self._ids[turn]: turn for turn in self._here}
+        there = {turn: self._cache.row_of(e) for e, turn in turn_of.items() if e in self._cache.residency}
+        coming = {}
+        for one in self._transfers.all_coming():
+            turn = turn_of.get(one.expert)
+            if turn is None:
+                continue
+            self._transfers.demand(one.expert)
+            one.is_computed = False  # what an earlier part of the step has computed is computed with again
+            assert one.event is not None
+            if self._reuses_rows:
+                # In the order in which they are computed, whatever class they were asked for in: who overtook another
+                # on the link would only have its row idle.
+                self._device.copies[Priority.DEMAND].wait(one.event)
+                coming[turn] = one.row
+            else:
+                (there if one.event.ready else coming)[turn] = one.row
+        assert len(there) + len(coming) == len(turn_of)
+        return there, coming
+
+    def _launch_in_groups(self, rows: dict[int, int]) -> None:
+        """Each group with its share of what is `_beside`: so rows become free as steadily as copies need them."""
+        turns, beside = list(rows), list(self._beside)
+        share = len(beside) / max(1, self._n_coming)
+        for begin in range(0, len(turns), self._group_size):
+            group = turns[begin : begin + self._group_size]
+            self._n_coming -= len(group)
+            left = round(share * self._n_coming)
+            beside, filling = beside[len(beside) - left :], beside[: len(beside) - left]
+            self._launch({turn: rows[turn] for turn in group} | {turn: self._beside.pop(turn) for turn in filling})
+
+    def _go_on(self) -> None:
+        """If nothing is left to be copied, have the link do what comes after the step."""
+        if self._then is not None and not self._fetch and self._opened.can_split:
+            then, self._then = self._then, None
+            while self._settle():
+                pass
+            then()
 
     def _start_fetches(self) -> dict[int, int]:
         """The copies that can be started now: group -> row."""
@@ -145,7 +191,7 @@ class DeviceStep:
                 continue
             self._transfers.wait_for_room(self._cache.expert_bytes)
             coming = self._transfers.demand(expert)
-            if coming is None and self._settle():
+            while coming is None and self._settle():
                 coming = self._transfers.demand(expert)
             if coming is None:
                 break
@@ -155,17 +201,15 @@ class DeviceStep:
         return started
 
     def _settle(self) -> bool:
-        """Give what has come up and been launched its place among the residents, or its row back."""
-        done = self._computed()
-        for coming in done:
-            self._transfers.take(coming.expert)
-            if self._cache.install(coming.expert, coming.row):
-                self._cache.residency.release(coming.expert)
-        return bool(done)
-
-    def _computed(self) -> list[Coming]:
-        index = self._cache.spec.index
-        return [one for one in self._transfers.all_coming() if one.is_computed and one.expert.layer == index]
+        """Give the first that has come up and been launched its place among the residents, or its row back. The others
+        keep theirs, for a part of the step that is still to come."""
+        coming = next(iter(computed(self._cache, self._transfers)), None)
+        if coming is None:
+            return False
+        self._transfers.take(coming.expert)
+        if self._cache.install(coming.expert, coming.row) and coming.expert in self._ids:
+            self._cache.residency.release(coming.expert)
+        return True
 
     def _launch(self, rows: dict[int, int]) -> None:
         if not rows:
@@ -232,11 +276,17 @@ class DeviceStep:
         self._device.join(compute.record())
         return found[0]
 
-    def install(self) -> list[ExpertId]:
-        """After `run`: give those that came up their places; the ones that have become resident."""
-        resident = []
-        for coming in sorted(self._computed(), key=lambda one: one.expert):
-            self._transfers.take(coming.expert)
-            if self._cache.install(coming.expert, coming.row):
-                resident.append(coming.expert)
-        return resident
+
+def computed(cache: DeviceCache, transfers: DeviceTransfers) -> list[Coming]:
+    """Of a layer's experts that have come up those that have been launched, the oldest first."""
+    return [one for one in transfers.all_coming() if one.is_computed and one.expert.layer == cache.spec.index]
+
+
+def install(cache: DeviceCache, transfers: DeviceTransfers) -> list[ExpertId]:
+    """After a step: give those that came up for it their places; the ones that have become resident."""
+    resident = []
+    for coming in sorted(computed(cache, transfers), key=lambda one: one.expert):
+        transfers.take(coming.expert)
+        if cache.install(coming.expert, coming.row):
+            resident.append(coming.expert)
+    return resident

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from moert.device.base import Device, Graph, OutOfDeviceMemoryError
+from moert.errors import MoertError
 from moert.runtime.compute import Compute, ExpertCompute, Fused, OneByOne, Scratch
+from moert.runtime.device_ahead import LayerAhead
 from moert.runtime.device_by_layer import ByLayer, caches_by_layer
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_costs import measure_costs
@@ -20,7 +23,7 @@ from moert.runtime.device_plan import plan_step
 from moert.runtime.device_planned_way import PlannedWay
 from moert.runtime.device_promoting import Promoting
 from moert.runtime.device_rows import RowBank
-from moert.runtime.device_step import DeviceStep, Machinery
+from moert.runtime.device_step import DeviceStep, Machinery, install
 from moert.runtime.device_table import SlotTable
 from moert.runtime.device_transfers import DeviceTransfers
 from moert.runtime.device_ways import Ways
@@ -35,6 +38,17 @@ Ranges = Callable[[], Iterable[tuple[int, int]]]
 
 _UNKNOWN = Costs(Curve.constant(1e-3), Curve.constant(1e-4), move_s=1e-3, read_s=1e-2)
 """As long as nothing is in host memory that could be tried."""
+
+
+@dataclass
+class _Whole:
+    """A step, perhaps of several parts."""
+
+    picks: int
+    needed: set[ExpertId] = field(default_factory=set)
+    """Of the parts so far."""
+    misses: set[ExpertId] = field(default_factory=set)
+    """Of those, they were not resident."""
 
 
 class DeviceTier:
@@ -71,9 +85,9 @@ class DeviceTier:
         self._kernels = ByLayer({cache.spec.index: one for cache, one in zip(caches, kernels, strict=True)})
         self.pinned = PinnedHost(device) if pinned is None else pinned
         self._ranges = ranges
-        self.transfers = DeviceTransfers(
-            device, self.caches, self.pinned, pipeline if reads else None, *(() if max_bytes is None else (max_bytes,))
-        )
+        self.transfers = DeviceTransfers(device, self.caches, self.pinned, pipeline if reads else None, max_bytes)
+        self.ahead: LayerAhead | None = LayerAhead(self.caches, self.transfers)
+        """None: while a prompt's layer is computed nothing is copied for the next one."""
         self._pipeline = pipeline
         self.ways = ways
         self._promoting = Promoting(self.caches, self.transfers) if promoting else None
@@ -171,20 +185,31 @@ class DeviceTier:
     def _run_parts(
         self, layer: int, compute: Compute, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """As many tokens at a time as the device has memory for."""
-        outs, begin = [], 0
-        while begin < len(hidden):
-            most = min(self.most_tokens or len(hidden), len(hidden) - begin)
-            part = slice(begin, begin + most)
-            try:
-                out = self._step(layer, compute, hidden[part], ids[part], weights[part])
-            except OutOfDeviceMemoryError as error:
-                if most > 1:
-                    self._halve(most, error)
-                    continue
-                out = self._without_device(layer, compute, hidden[part], ids[part], weights[part], error)
-            outs.append(out)
-            begin += most
+        """As many tokens at a time as the device has memory for. What one part has had copied keeps its row for the
+        next ones, as far as rows go."""
+        host_ids, host_weights = self.device.to_host(ids), self.device.to_host(weights)
+        whole = _Whole(host_ids.numel())
+        outs: list[torch.Tensor] = []
+        begin = 0
+        try:
+            while begin < len(hidden):
+                most = min(self.most_tokens or len(hidden), len(hidden) - begin)
+                # Where an expert is to be computed is a question of all the tokens that are left.
+                left = [tensor[begin:] for tensor in (hidden, ids, weights, host_ids, host_weights)]
+                try:
+                    out = self._step(layer, compute, left, most, whole)
+                except OutOfDeviceMemoryError as error:
+                    if most > 1:
+                        self._halve(most, error)
+                        continue
+                    part = [tensor[:most] for tensor in left[:3]]
+                    out = self._without_device(layer, compute, part, error)
+                outs.append(out)
+                begin += most
+        except MoertError:
+            self.transfers.demote(self.caches[layer].spec.index)
+            raise
+        self._end_step(layer, whole.misses)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _halve(self, tokens: int, error: OutOfDeviceMemoryError) -> None:
@@ -201,11 +226,10 @@ class DeviceTier:
         self,
         layer: int,
         compute: Compute,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
         error: OutOfDeviceMemoryError,
     ) -> torch.Tensor:
+        """A step of hidden states, ids and weights."""
         self._warn(
             "without",
             f"{error}: not even one token's experts can be computed there, and the CPU computes them while that is so; "
@@ -216,9 +240,9 @@ class DeviceTier:
         # What is copied must not leave host memory, and an ordinary step does not ask.
         self.transfers.drain()
         host = self.caches[layer].host.cache
-        given = [self.device.to_host(tensor) for tensor in (hidden, ids, weights)]
-        out = run_step(host, compute, *given, pipeline=self._pipeline, scratch=self._scratch)
-        return out.to(hidden.device)
+        hidden, ids, weights = (self.device.to_host(tensor) for tensor in tensors)
+        out = run_step(host, compute, hidden, ids, weights, pipeline=self._pipeline, scratch=self._scratch)
+        return out.to(tensors[0].device)
 
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
@@ -226,42 +250,62 @@ class DeviceTier:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _step(
-        self, layer: int, compute: Compute, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+        self, layer: int, compute: Compute, tensors: Sequence[torch.Tensor], tokens: int, whole: _Whole
     ) -> torch.Tensor:
+        """The first so many tokens of `tensors`, which are hidden states, ids and weights, and the last two in host
+        memory; the others are for later parts of the `whole` step."""
         cache, kernels = self.caches[layer], self._kernels[layer]
         spec = cache.spec
         on_cpu = self._on_cpu(layer, compute)
         self.transfers.collect()
+        hidden, ids, weights, host_ids, host_weights = tensors
         costs = self._known_costs(layer, compute, on_cpu, hidden)
-        host_ids, host_weights = self.device.to_host(ids), self.device.to_host(weights)
-        inputs = Inputs(hidden, ids, weights, host_ids, host_weights, spec, compute)
+        inputs = rest = Inputs(hidden, ids, weights, host_ids, host_weights, spec, compute)
+        if tokens < len(hidden):
+            hidden, ids, weights, host_ids, host_weights = (tensor[:tokens] for tensor in tensors)
+            inputs = Inputs(hidden, ids, weights, host_ids, host_weights, spec, compute)
+        picks = {group.expert: group.weights.shape[0] for group in rest.groups}
         event = [ExpertId(spec.index, group.expert) for group in inputs.groups]
         promoting = self._promoting
+        value = (lambda _: 0.0) if promoting is None else promoting.rate
+        scheduler = self.ways.scheduler
         plan = plan_step(
             cache,
             event,
-            [group.weights.shape[0] for group in inputs.groups],
+            [picks[expert.expert] for expert in event],
             transfers=self.transfers,
-            scheduler=self.ways.scheduler,
+            scheduler=scheduler,
             costs=costs,
-            value=(lambda _: 0.0) if promoting is None else promoting.rate,
+            value=value,
         )
-        step = DeviceStep(self._machinery, cache, kernels, on_cpu, inputs, plan)
+
+        def look_ahead() -> None:
+            if self.ahead is not None:
+                self.ahead.start(layer, whole.picks, len(whole.needed), scheduler, costs, value)
+
+        then = look_ahead if inputs is rest else None
+        step = DeviceStep(self._machinery, cache, kernels, on_cpu, inputs, plan, then)
+        whole.needed.update(event)
         if promoting is not None:
             promoting.observe(event)
         out = step.run()
-        resident = step.install()
-        self.transfers.forget_guesses(spec.index)
+        whole.misses.update(step.misses)
+        self._count(plan.here, plan.fetch, plan.cpu)
+        cache.stats.hits += len(inputs.identity)
+        return out
+
+    def _end_step(self, layer: int, misses: Iterable[ExpertId]) -> None:
+        """All parts of a step have been; `misses` were not resident."""
+        cache, promoting = self.caches[layer], self._promoting
+        resident = install(cache, self.transfers)
+        self.transfers.forget_guesses(cache.spec.index)
         if promoting is not None:
-            promoting.after(cache, step.misses, resident)
+            promoting.after(cache, sorted(misses), resident)
         self.transfers.pump()
         if promoting is not None:
             promoting.pump()
-        self._count(plan.here, plan.fetch, plan.cpu)
-        cache.stats.hits += len(inputs.identity)
         if self._debug:
             self.check_integrity()
-        return out
 
     def _on_cpu(self, layer: int, compute: Compute) -> ExpertCompute:
         host = self.caches[layer].host.cache

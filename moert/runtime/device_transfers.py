@@ -20,7 +20,11 @@ from moert.tiers.read import Priority
 from moert.types import ExpertId
 
 MAX_BYTES_IN_FLIGHT = 512 << 20
-"""Of copies that have been handed to the device; half of it at most is what nobody waits for."""
+"""Of copies that have been handed to the device; what nobody waits for is half as much at most."""
+
+EXPERTS_IN_FLIGHT = 4
+"""As many may be under way however large they are: so that the link has the next one when one is over, of what a step
+waits for and of what nobody does."""
 
 
 @dataclass
@@ -80,10 +84,13 @@ class DeviceTransfers:
         layers: Iterable[DeviceCache],
         pinned: PinnedHost,
         from_disk: Pipeline | None,
-        max_bytes: int = MAX_BYTES_IN_FLIGHT,
+        max_bytes: int | None = None,
     ) -> None:
         """`from_disk` brings up what is not in host memory; None: everything is."""
         self._device, self._layers, self._pinned, self._from_disk = device, caches_by_layer(layers), pinned, from_disk
+        if max_bytes is None:
+            largest = max(layer.expert_bytes for layer in self._layers)
+            max_bytes = max(MAX_BYTES_IN_FLIGHT, EXPERTS_IN_FLIGHT * largest)
         self._max_bytes = max_bytes
         self._queue: dict[ExpertId, bool] = {}
         """Prefetches that have not started, and whether the disk has been asked for them."""
@@ -111,6 +118,11 @@ class DeviceTransfers:
     def all_coming(self) -> list[Coming]:
         """Every expert with such a row, the oldest first."""
         return list(self._coming.values())
+
+    def rows_beside(self, bank: RowBank) -> int:
+        """How many rows of a bank are not residents'."""
+        coming = (self._layers[expert.layer].bank for expert in self._coming)
+        return bank.n_free + sum(one is bank for one in coming)
 
     def prefetch(self, experts: Iterable[ExpertId]) -> None:
         """These are wanted, the first one first, by nobody who waits. Starts nothing; see `pump`."""
@@ -193,8 +205,9 @@ class DeviceTransfers:
             del self._queue[expert]  # it could not be read, or has left host memory again: whoever needs it asks anew
 
     def _has_room(self, nbytes: int) -> bool:
-        """For what nobody waits for."""
-        return not self._copies or 2 * (self.bytes_in_flight + nbytes) <= self._max_bytes
+        """For what nobody waits for, of which what a step waits for takes none."""
+        ahead = sum(copy.nbytes for copy in self._copies if copy.priority is not Priority.DEMAND)
+        return not self._copies or 2 * (ahead + nbytes) <= self._max_bytes
 
     def _row_for(self, bank: RowBank, priority: Priority) -> int | None:
         row = bank.take()
