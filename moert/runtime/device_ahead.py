@@ -25,8 +25,8 @@ NEEDED_SHARE = 0.9
 
 
 class LayerAhead:
-    """Brings up experts of the layer that comes next on the device, as prefetches: what is copied of them depends on the
-    free rows, and each is a demand once the step that needs it begins."""
+    """Brings up experts of the layer that comes next on the device, as prefetches: what is copied of them depends on
+    the free rows, and each is a demand once the step that needs it begins."""
 
     def __init__(self, caches: ByLayer[DeviceCache], transfers: DeviceTransfers) -> None:
         self._caches, self._transfers = caches, transfers
