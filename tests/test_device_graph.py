@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import triton_support
-from planned_support import LAYERS, generate, patched
+from planned_support import LAYERS, generate, make, patched
 from test_device_cuda import FakeCuda
 
 import moert
@@ -290,6 +290,15 @@ def test_it_takes_what_the_model_takes(graphed: Callable[..., Any]) -> None:
     model, _, forward = graphed()
     assert inspect.signature(forward) == inspect.signature(type(model).forward.__get__(model))
     assert model._supports_logits_to_keep()
+
+
+@interpreted
+def test_a_forward_that_somebody_gave_the_model_stays() -> None:
+    model = make()
+    model.forward = given = model.forward
+    patched(model)
+    assert vars(model)["forward"] is given
+    moert.close(model)
 
 
 @interpreted

@@ -14,7 +14,6 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.utils.generic import ModelOutput
 
 from moert.device.base import CaptureError, Graph, OutOfDeviceMemoryError
-from moert.errors import MoertError
 from moert.hf.own_forward import OwnForward, is_recorded
 from moert.hf.unchanged import Unchanged
 from moert.runtime.runtime import OffloadRuntime
@@ -229,11 +228,7 @@ def _unchanged(module: nn.Module) -> Unchanged:
 
 
 def graph_passes(model: nn.Module, runtime: OffloadRuntime) -> None:
-    """Have `model` replay passes of one token as graphs, where that can be. Undone as every `OwnForward` is.
-
-    Raises:
-        MoertError: somebody else has given the model a forward of its own.
-    """
-    if "forward" in vars(model):
-        raise MoertError(f"{type(model).__name__} has a forward of its own instance already")
-    model.forward = GraphedForward(model, runtime)
+    """Have `model` replay passes of one token as graphs, where that can be, unless somebody has given it a forward of
+    its own, as accelerate does. Undone as every `OwnForward` is."""
+    if "forward" not in vars(model):
+        model.forward = GraphedForward(model, runtime)

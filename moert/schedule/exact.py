@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from moert.schedule._costs import Costs
-from moert.schedule.base import Item, Place, Schedule, Scheduler, arrange
+from moert.schedule.base import Item, Schedule, Scheduler, arrange
 
 
 class Exact(Scheduler):
@@ -64,8 +64,8 @@ def _best(sums: list[list[float]], costs: Costs, run_s: float) -> tuple[int, int
 
 
 def _after_disk(cpu_sums: list[float], fetched: int, costs: Costs, run_s: float) -> float:
-    """When the last of the experts that are read has been computed: some on the CPU, so many on the device, in the order
-    that `arrange` gives."""
+    """When the last of the experts that are read has been computed: some on the CPU, so many on the device, in the
+    order that `arrange` gives."""
     # Least loaded ones are last, so what is behind one of them is the sum of those before it in ascending order.
     tails = [costs.merge_s + of for of in cpu_sums]
     tails += [max(costs.move_s * n + run_s, costs.move_s + run_s * n) for n in range(1, fetched + 1)]
