@@ -15,7 +15,7 @@ from moert.device.base import Device
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_kernels import LayerKernels
 from moert.runtime.device_pinning import PinnedHost
-from moert.runtime.device_planners import Copy, Planner, make_planner
+from moert.runtime.device_planners import Copy, Planner, Slots, make_planner
 from moert.runtime.device_transfers import DeviceTransfers
 from moert.types import ExpertId
 
@@ -228,8 +228,7 @@ def _new_layer(device: Device, cache: DeviceCache, kernels: LayerKernels) -> _La
     spec, where = cache.spec, device.torch_device
     rows = torch.zeros(cache.residency.capacity, dtype=torch.int32, device=where)
     log = torch.zeros(LOGGED, spec.top_k, dtype=torch.int32, device=where)
-    policy = cache.residency.policy
-    planner = make_planner(policy, spec.index, spec.num_experts, where, rows, log, cache.bank.n_rows)
+    planner = make_planner(cache.residency.policy, Slots(spec.index, spec.num_experts, rows, cache.bank.n_rows, log))
     return _Layer(cache, kernels, planner, log)
 
 

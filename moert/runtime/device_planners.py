@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -19,6 +19,20 @@ if TYPE_CHECKING:
 
 Copy = tuple[torch.Tensor, torch.Tensor]
 """To the first, on the device, from the second, in host memory."""
+
+
+class Slots(NamedTuple):
+    """A layer's slots on a device."""
+
+    layer: int
+    experts: int
+    """Of the layer."""
+    rows: torch.Tensor
+    """int32 [S]: the row of a bank that each slot is."""
+    n_rows: int
+    """Of the bank."""
+    log: torch.Tensor
+    """int32 [N, K]: for the layer's last events."""
 
 
 class Planner(ABC):
@@ -54,20 +68,12 @@ class Planner(ABC):
 class EmaPlanner(Planner):
     """`ema`. How long ago an expert was used last is not known at the beginning: its next use counts in full."""
 
-    def __init__(
-        self,
-        policy: EMA,
-        layer: int,
-        experts: int,
-        device: torch.device,
-        rows: torch.Tensor,
-        log: torch.Tensor,
-        n_rows: int,
-    ) -> None:
+    def __init__(self, policy: EMA, slots: Slots) -> None:
         from moert.kernels.plan_ema import new_ema
 
-        self._layer = layer
-        self._state = new_ema(experts, rows.numel(), device, **policy.parameters, rows=rows, log=log)
+        self._layer = slots.layer
+        rows, log = slots.rows, slots.log
+        self._state = new_ema(slots.experts, rows.numel(), rows.device, **policy.parameters, rows=rows, log=log)
         self.residents = self._state.residents
 
     def plan(self, ids: torch.Tensor) -> Plan:
@@ -90,19 +96,11 @@ class EmaPlanner(Planner):
 class LruPlanner(Planner):
     """`lru`."""
 
-    def __init__(
-        self,
-        policy: LRU,
-        layer: int,
-        experts: int,
-        device: torch.device,
-        rows: torch.Tensor,
-        log: torch.Tensor,
-        n_rows: int,
-    ) -> None:
+    def __init__(self, policy: LRU, slots: Slots) -> None:
         from moert.kernels.plan_lru import new_lru
 
-        self._state = new_lru(experts, rows.numel(), device, rows, log, n_rows)
+        rows = slots.rows
+        self._state = new_lru(slots.experts, rows.numel(), rows.device, rows, slots.log, slots.n_rows)
         self.residents = self._state.residents
 
     def plan(self, ids: torch.Tensor) -> Plan:
@@ -123,20 +121,8 @@ class LruPlanner(Planner):
 _PLANNERS: dict[type[Policy], type[EmaPlanner | LruPlanner]] = {EMA: EmaPlanner, LRU: LruPlanner}
 
 
-def make_planner(
-    policy: Policy,
-    layer: int,
-    experts: int,
-    device: torch.device,
-    rows: torch.Tensor,
-    log: torch.Tensor,
-    n_rows: int,
-) -> Planner:
+def make_planner(policy: Policy, slots: Slots) -> Planner:
     """The twin of a layer's policy on a device.
-
-    Args:
-        rows: int32 [S] on the device, all below `n_rows`: the rows of a bank that are the layer's slots.
-        log: int32 [N, K] on the device, for the last events.
 
     Raises:
         ValueError: the policy has none.
@@ -145,4 +131,4 @@ def make_planner(
     if kind is None or policy.sizes is not None:
         names = ", ".join(sorted(one.__name__.lower() for one in _PLANNERS))
         raise ValueError(f"the policy {type(policy).__name__.lower()} runs on the host only, unlike {names}")
-    return kind(policy, layer, experts, device, rows, log, n_rows)  # type: ignore[arg-type]
+    return kind(policy, slots)  # type: ignore[arg-type]
