@@ -64,8 +64,18 @@ def check_rows(tier: DeviceTier) -> None:
                 assert torch.equal(there[name], tensor), f"{expert} {name}"
 
 
-@pytest.mark.parametrize("policy", ["ema", "lru", "ema,alpha=0.2,burst=0"])
-@pytest.mark.parametrize("share", ["25%", "50%", "100%"])
+@pytest.mark.parametrize(
+    ("policy", "share"),
+    [
+        ("ema", "25%"),
+        ("lru", "50%"),
+        ("ema,alpha=0.2,burst=0", "100%"),
+        *(
+            pytest.param(policy, share, marks=pytest.mark.slow)
+            for policy, share in (("ema", "50%"), ("ema", "100%"), ("lru", "25%"), ("lru", "100%"))
+        ),
+    ],
+)
 def test_tokens_are_those_that_the_host_decides_about(
     wanted: Any, planned: Callable[..., Any], policy: str, share: str
 ) -> None:
@@ -77,10 +87,20 @@ def test_tokens_are_those_that_the_host_decides_about(
     assert check.hits + check.misses == tier.counts.on_device
     assert check.misses == tier.counts.fetched
     assert (check.misses == 0) == (share == "100%")
-    tier.settle()
-    check_rows(tier)
     # A prompt again, by the host, and tokens again, by the device.
     same(generate(model), wanted)
+    tier.settle()
+    check_rows(tier)
+
+
+def test_rows_that_the_device_was_the_first_to_fill(wanted: Any, planned: Callable[..., Any]) -> None:
+    model, tier = planned(preload=False)
+    with torch.inference_mode():
+        for token in range(3, 9):
+            model(torch.tensor([[token]]))
+    assert set(tier.counts.ways) == {PLANNED}
+    same(generate(model), wanted)
+    assert tier.counts.ways["exact"] == LAYERS
     tier.settle()
     check_rows(tier)
 
