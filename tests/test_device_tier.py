@@ -176,6 +176,17 @@ def test_for_longer() -> None:
     run_state_machine_as_test(TierMachine, settings=settings(max_examples=3000, stateful_step_count=40, deadline=None))
 
 
+def test_what_a_failed_step_has_used_is_promoted_no_more() -> None:
+    """It had come up for later, the step took its row, and an expert after it could not be read."""
+    tier = NumberTier()
+    promoting = tier.tier._promoting
+    assert promoting is not None
+    promoting._promotion._arrived.append(ExpertId(1, 2))
+    assert tier.step(0, [[0, 1]]) == tier.right(0, [[0, 1]])
+    assert not promoting.promoted
+    tier.check()
+
+
 ALL_ON_DEVICE = Costs(Curve.constant(10.0), Curve.constant(1e-3), move_s=1e-3)
 EVERYTHING = [[expert, (expert + 1) % E] for expert in range(E)]
 

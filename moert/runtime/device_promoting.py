@@ -58,6 +58,9 @@ class Promoting:
             if coming.priority is Priority.PROMOTION and coming.is_whole and self._is_over(coming.expert)
         ]
         for expert, victim in self._promotion.install(lambda expert: self._caches[expert.layer].weakest()):
+            known = self._transfers.coming(expert)
+            if known is None or known.priority is not Priority.PROMOTION:
+                continue  # a step has used it, and failed before it could say so
             coming = self._transfers.take(expert)
             self._caches[expert.layer].replace(expert, coming.row, victim)
             self.promoted += 1
