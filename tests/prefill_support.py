@@ -108,8 +108,8 @@ class Prompts(NumberTier):
         )
         self.layers, self.num_experts, self.top_k = layers, num_experts, top_k
         self.move_s, self.dense_s = move_s, dense_s
-        self.kernels = [Timed(kernels, self.device, pick_s, launch_s) for kernels in self.tier._kernels]
-        self.tier._kernels = tuple(self.kernels)
+        self.kernels = [Timed(kernels, self.device, pick_s, launch_s) for kernels in self.tier.hosted._kernels]
+        self.tier.hosted._kernels = tuple(self.kernels)
         self.fill()
 
     def fill(self) -> None:

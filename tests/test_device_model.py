@@ -236,7 +236,7 @@ def test_prompts_that_do_not_fit_are_halved_with_one_warning(tiered: Callable[..
         tokens, numbers = generate(model)
     assert len(found) == 1
     assert tier.counts.halved >= 2
-    assert tier.most_tokens is not None and 2 <= tier.most_tokens <= 6
+    assert tier.hosted.most_tokens is not None and 2 <= tier.hosted.most_tokens <= 6
     assert torch.equal(tokens, wanted[torch.float32][0])
     torch.testing.assert_close(numbers, wanted[torch.float32][1])
 

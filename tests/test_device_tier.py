@@ -87,9 +87,9 @@ class TierMachine(RuleBasedStateMachine):
     @rule(layer=st.integers(0, LAYERS - 1), tokens=st.integers(E, 2 * E), most=st.integers(1, 2 * E))
     def prompt(self, layer: int, tokens: int, most: int) -> None:
         """Every expert is needed, of so many tokens also the next layer's, and perhaps of a few tokens at a time."""
-        self.tier.tier.most_tokens = most
+        self.tier.tier.hosted.most_tokens = most
         self.step(layer, [[token % E, (token + 1) % E] for token in range(tokens)])
-        self.tier.tier.most_tokens = None
+        self.tier.tier.hosted.most_tokens = None
 
     @rule(experts=st.lists(EXPERTS, max_size=4))
     def prefetch(self, experts: list[tuple[int, int]]) -> None:
@@ -179,7 +179,7 @@ def test_for_longer() -> None:
 def test_what_a_failed_step_has_used_is_promoted_no_more() -> None:
     """It had come up for later, the step took its row, and an expert after it could not be read."""
     tier = NumberTier()
-    promoting = tier.tier._promoting
+    promoting = tier.tier.hosted.promoting
     assert promoting is not None
     promoting._promotion._arrived.append(ExpertId(1, 2))
     assert tier.step(0, [[0, 1]]) == tier.right(0, [[0, 1]])
@@ -362,7 +362,7 @@ def test_costs_are_measured_where_nobody_gives_them() -> None:
     tier = NumberTier(costs=None, virtual=False, host_slots=E)
     for _ in range(3):
         assert tier.step(0, [[0, 1]]) == tier.right(0, [[0, 1]])
-    assert tier.tier._costs is not None
-    assert tier.tier._costs.move_s > 0
+    assert tier.tier.hosted.costs is not None
+    assert tier.tier.hosted.costs.move_s > 0
     tier.check()
     tier.tier.close()
