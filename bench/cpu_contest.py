@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import random
 from collections.abc import Callable
@@ -44,6 +45,8 @@ NEIGHBOUR_SYSTEMS = ("moert", "transformers", "llama.cpp")
 # fp32: 1e-7, and 1e-4 where their noise moves an activation to the next bf16 number, which is 0.4 % off. In int8 such a
 # number may be the largest of its group, and with it the scale of the group moves.
 ALLOWED = {"bf16": 1e-3, "int8": 4e-3, "int4": 4e-3}
+# Half a unit in bf16's last place is at most 2^-8 of a number, and what is rounded lies anywhere in it.
+ROUNDING = 2.0**-8 / math.sqrt(3)
 # Others are only to compute the same thing: rounding differs from one to the next.
 ALLOWED_PEER = {"bf16": 0.02, "int8": 0.1, "int4": 0.4}
 MOST_LAYERS_OF_A_BATCH = 3
@@ -249,6 +252,8 @@ def _judge(
     gate, allowed, refused = None, None, ""
     if wanted is not None:
         gate, allowed = worst_error(torch.cat(outputs), torch.cat(wanted)), ALLOWED[form]
+        if outputs[0].dtype is torch.bfloat16:
+            allowed = math.hypot(allowed, ROUNDING)
         if not gate <= allowed:
             refused = f"wrong output: {gate:.2e} off, allowed {allowed:.0e}"
     elif not error <= ALLOWED_PEER[form]:

@@ -8,7 +8,7 @@ from cpu_measure import Job
 
 from moert import _C
 from moert.kernels import cpu
-from moert.kernels.cpu_ffn import ExpertFfn
+from moert.kernels.cpu_ffn import Expert, ExpertFfn
 from moert.kernels.cpu_matrix import Matrix, matrix
 from moert.kernels.gate import Gate
 
@@ -74,6 +74,8 @@ class Moert:
 
     def prepare(self, step: Step, copy: int) -> Job:
         held = self._experts[copy]
+        if len(step.x) == 1:
+            return lambda: self._one_token(step, held)
         out = torch.empty(step.x.shape, dtype=torch.float32)
 
         def job() -> torch.Tensor:
@@ -83,6 +85,11 @@ class Moert:
             return out
 
         return job
+
+    def _one_token(self, step: Step, held: list[Expert]) -> torch.Tensor:
+        ids = step.ids[0].tolist()
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        return self._ffn.run_token(step.x, [held[ids[place]] for place in order], order, step.weights)
 
     def close(self) -> None:
         self._experts = []
@@ -94,10 +101,6 @@ def grouped(step: Step, experts: int) -> tuple[list[int], list[torch.Tensor | No
     """The picked experts in ascending order, with the tokens that picked each and their weights."""
     picks = step.ids.shape[1]
     flat = step.weights.flatten()
-    if step.ids.shape[0] == 1:
-        order = sorted(range(picks), key=step.ids[0].tolist().__getitem__)
-        ids = step.ids[0].tolist()
-        return [ids[place] for place in order], [None] * picks, [flat[place : place + 1] for place in order]
     places = step.ids.flatten().argsort(stable=True)
     counts = step.ids.flatten().bincount(minlength=experts).tolist()
     tokens = (places // picks).split(counts)

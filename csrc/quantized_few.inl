@@ -99,7 +99,10 @@ struct FewRow {
         for (int token = 0; token < kTokens; ++token)
             scales[token] = Vec::mul(of_row, Vec::load(reinterpret_cast<const float*>(x + token * x_stride + kSpan +
                                                                                       lines<kKind>() * kBytes)));
-        if (!kOneStream) prefetch(row.scales + scale_bytes);
+        if (!kOneStream)
+            prefetch(row.scales + scale_bytes);
+        else if (kTokens == 1)  // a line now and then has the processor's own prefetching go on across pages
+            __builtin_prefetch(row.codes + kStreamPrefetchBytes, 0, 2);
         Vec::Int zeros = Vec::zero();
         if (kKind == Kind::kInt4Zeros) zeros = zeros_of<kKind>(w, row, kWhole ? kLanes : groups);
         const int count = kWhole ? lines<kKind>() : (groups + kGroupsOfLine - 1) / kGroupsOfLine;

@@ -21,7 +21,7 @@ std::vector<Rows> share_out(const std::vector<int64_t>& rows, int64_t most, int 
     for (size_t part = 0; part < rows.size(); ++part) {
         const int64_t end = rows[part];
         for (int64_t begin = 0; begin < end;) {
-            const int64_t share = left / (2 * threads) / kGrain * kGrain;
+            const int64_t share = left * 4 / (5 * threads) / kGrain * kGrain;
             int64_t count = std::min(std::clamp(share, kFewestRows, std::max(most, kFewestRows)), end - begin);
             if (end - begin - count < kGrain && end - begin <= kMostRows) count = end - begin;
             tasks.push_back({static_cast<int64_t>(part), begin, count});
