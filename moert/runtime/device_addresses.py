@@ -52,13 +52,6 @@ class HostAddresses:
             raise ValueError(f"expert {expert.expert} of {cache.spec.name} does not begin {where}")
         return addresses
 
-    def sources(self) -> list[list[torch.Tensor | None]]:
-        """For each tensor of an expert, where each expert has it, or None."""
-        cache = self._cache
-        experts = [ExpertId(cache.spec.index, expert) for expert in range(cache.spec.num_experts)]
-        each = [cache.host.weights(expert) if cache.host.has(expert) else None for expert in experts]
-        return [[None if weights is None else weights[spec.name] for weights in each] for spec in cache.bank.specs]
-
     def forget(self) -> None:
         """Host memory has moved, or is going to."""
         self._slots = {}

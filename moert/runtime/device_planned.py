@@ -73,11 +73,12 @@ class PlannedPasses:
         if not device.reads_host:
             raise ValueError(f"kernels on {device.name} cannot read host memory where it is")
         self._device, self._transfers = device, transfers
-        self._layers = {
-            cache.spec.index: _new_layer(device, cache, kernel, pinned)
-            for cache, kernel in zip(caches, kernels, strict=True)
-        }
-        self._void = torch.zeros(1, dtype=torch.int32, device=device.torch_device)
+        with torch.inference_mode(False):
+            self._layers = {
+                cache.spec.index: _new_layer(device, cache, kernel, pinned)
+                for cache, kernel in zip(caches, kernels, strict=True)
+            }
+            self._void = torch.zeros(1, dtype=torch.int32, device=device.torch_device)
         packed = [self._void]
         for of in self._layers.values():
             packed += [*of.planner.tensors, of.addresses]
@@ -95,13 +96,8 @@ class PlannedPasses:
         """Whether all experts are in host memory by now."""
         return all(len(of.cache.host.cache.residency) == of.cache.spec.num_experts for of in self._layers.values())
 
-    @property
-    def can_begin(self) -> bool:
-        """Whether of every layer something is in host memory by now."""
-        return all(len(of.cache.host.cache.residency) for of in self._layers.values())
-
     def enter(self) -> None:
-        """From here on passes are run here, once it `can_begin`. Blocks until nothing is on its way up.
+        """From here on passes are run here. Blocks until nothing is on its way up.
 
         Raises:
             ValueError: host memory is not where kernels can read it; nothing has changed.
@@ -135,7 +131,10 @@ class PlannedPasses:
         from moert.kernels.copy_rows import scattered_table
 
         destinations = list(of.cache.bank.tensors.values())
-        table = scattered_table(of.host.sources(), destinations, self._device.torch_device)
+        # Rows of the bank stand for those of host memory, of which there may be none yet: they are of the same shapes.
+        absent = [None] * (of.cache.spec.num_experts - 1)
+        sources = [[destination[0], *absent] for destination in destinations]
+        table = scattered_table(sources, destinations, self._device.torch_device)
         return replace(table, addresses=of.addresses)
 
     def begin_pass(self) -> None:

@@ -53,6 +53,10 @@ class PlannedWay:
             return
         self._device, self.why_not = device, None
 
+    def go_by(self, ways: Ways) -> None:
+        """Between passes: run them as `ways` says from here on."""
+        self.ways, self._has_begun = ways, False
+
     @property
     def is_on(self) -> bool:
         """Whether the host's books are not to be relied upon."""
@@ -86,7 +90,7 @@ class PlannedWay:
             self._is_tried = False
             self.settle()
         may_miss = passes is not None and not passes.is_complete
-        may_plan = passes is not None and (not may_miss or (passes.can_begin and can_repeat()))
+        may_plan = passes is not None and (not may_miss or can_repeat())
         self.ways.begin(1, may_plan=may_plan, may_miss=may_miss)
         self._has_begun = True
         if passes is None or self.ways.way != PLANNED:

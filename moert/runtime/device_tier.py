@@ -86,7 +86,8 @@ class DeviceTier:
 
     def go_by(self, ways: Ways) -> None:
         """Run passes as `ways` says from here on; between passes."""
-        self.ways = self.planned.ways = self.hosted.ways = ways
+        self.ways = self.hosted.ways = ways
+        self.planned.go_by(ways)
 
     def reset_counts(self) -> None:
         """Start counting anew."""

@@ -85,7 +85,8 @@ class Guard:
         """
         Args:
             ways: names, the preferred one first: it is used until others are known to be better.
-            uneven: those of which some steps take a multiple of others by their nature: it is their means that count.
+            uneven: those of which some steps take a multiple of others by their nature: it is their means that count,
+                and trials of them take as many steps as patience does.
             predicted_s: what a step is expected to take each of them. Ways that are expected to be slower are tried
                 later. None: nothing is.
 
@@ -185,7 +186,8 @@ class Guard:
         self._spent_s += max(0.0, seconds - home.expected)
         taken = way.typical(self._trial_times) if way.is_uneven else seconds
         is_far_off = taken > 2 * home.expected and len(self._trial_times) > (1 if way.seen_s is None else 0)
-        if len(self._trial_times) < TRIAL and not is_far_off:
+        # A few steps are no mean.
+        if len(self._trial_times) < (PATIENCE if way.is_uneven else TRIAL) and not is_far_off:
             return
         settled = self._trial_times[SETTLING:] or self._trial_times[0 if way.is_uneven else -1 :]
         way.seen_s = way.typical(settled)
