@@ -12,8 +12,10 @@ from moert.errors import ConfigError
 from moert.kernels._launch import CompileSpec, Launch
 from moert.kernels.planning import (
     Plan,
+    Reach,
     Residents,
     event_experts,
+    is_void,
     move_in,
     new_plan,
     new_residents,
@@ -74,6 +76,8 @@ def new_ema(
 @triton.jit(do_not_specialize=["count", "experts", "slots"])
 def _kernel(
     ids_ptr: tl.tensor,
+    addresses_ptr: tl.tensor,
+    void_ptr: tl.tensor,
     slot_of_ptr: tl.tensor,
     owner_ptr: tl.tensor,
     scores_ptr: tl.tensor,
@@ -100,13 +104,19 @@ def _kernel(
 ) -> None:
     event = tl.load(counters_ptr) + 1
     uses = tl.load(counters_ptr + 1)
+    counted = event
+    if void_ptr is not None:
+        void = is_void(ids_ptr, slot_of_ptr, addresses_ptr, void_ptr, count, experts, BLOCK_R)
+        # An event without ids that is not counted: nothing changes below.
+        count = tl.where(void == 0, count, 0)
+        counted = event - void
     wanted = event_experts(ids_ptr, marks_ptr, log_ptr, event, count, experts, LOGGED, BLOCK_R, BLOCK_E)
     e = tl.arange(0, BLOCK_E)
     slot_of = tl.load(slot_of_ptr + e, mask=wanted, other=-1)
     missed = wanted & (slot_of < 0)
     size = tl.sum(wanted.to(tl.int32), axis=0)
     misses = tl.sum(missed.to(tl.int32), axis=0)
-    tl.store(counters_ptr, event)
+    tl.store(counters_ptr, counted)
     tl.store(counters_ptr + 2, tl.load(counters_ptr + 2) + misses)
     tl.store(out_count_ptr, misses)
     # An event without experts is none, for the policy too.
@@ -170,7 +180,7 @@ def _kernel(
         )
 
 
-def plan_ema(state: EmaState, ids: torch.Tensor, *, passing: bool = False) -> Plan:
+def plan_ema(state: EmaState, ids: torch.Tensor, *, passing: bool = False, reach: Reach | None = None) -> Plan:
     """Take an event, and give its misses the slots of those that lately were in the fewest events.
 
     Step for step what `moert.policies.ema.EMA` decides for one layer's cache when `moert.turnover` drives it; of equal
@@ -185,6 +195,7 @@ def plan_ema(state: EmaState, ids: torch.Tensor, *, passing: bool = False) -> Pl
         state: of the layer that the event is of, changed in place.
         ids: [T, K] int32 or int64; numbers outside 0 to E - 1 are no experts.
         passing: the event may have more experts than there are slots; see `Plan.rounds`.
+        reach: which experts can be copied, of a pass that may be void; None: all.
 
     Returns:
         New memory.
@@ -194,15 +205,17 @@ def plan_ema(state: EmaState, ids: torch.Tensor, *, passing: bool = False) -> Pl
             experts than there are slots. Nothing is changed.
         KernelUnavailableError: the device cannot run it.
     """
-    launch, plan = _launch(state, ids, passing)
+    launch, plan = _launch(state, ids, passing, reach)
     launch.run(ids.device)
     return plan
 
 
-def _launch(state: EmaState, ids: torch.Tensor, passing: bool = False) -> tuple[Launch, Plan]:
+def _launch(
+    state: EmaState, ids: torch.Tensor, passing: bool = False, reach: Reach | None = None
+) -> tuple[Launch, Plan]:
     plan = new_plan(state.residents, ids, passing)
     arguments = {
-        **plan_arguments(state.residents, plan, ids),
+        **plan_arguments(state.residents, plan, ids, reach),
         "scores_ptr": state.scores,
         "bursts_ptr": state.bursts,
         "last_uses_ptr": state.last_uses,
@@ -216,10 +229,14 @@ def compile_specs(capability: int) -> list[CompileSpec]:
     """What the compile check compiles for a compute capability."""
     ids = torch.empty(8, 8, dtype=torch.int64, device="meta")
     rows, log = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((96,), (64, 64)))
+    reach = Reach(*(torch.empty(n, dtype=of, device="meta") for n, of in ((128, torch.int64), (1, torch.int32))))
     return [
         CompileSpec(
             f"plan_ema[{experts},{slots}{',passing' * passing}]",
             _launch(new_ema(experts, slots, "meta"), ids, passing)[0],
         )
         for experts, slots, passing in ((128, 96, False), (512, 512, False), (128, 96, True))
-    ] + [CompileSpec("plan_ema[128,96,rows]", _launch(new_ema(128, 96, "meta", rows=rows, log=log), ids)[0])]
+    ] + [
+        CompileSpec(f"plan_ema[128,96,{name}]", _launch(new_ema(128, 96, "meta", rows=rows, log=log), ids, reach=of)[0])
+        for name, of in (("rows", None), ("rows,reach", reach))
+    ]

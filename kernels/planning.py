@@ -61,6 +61,21 @@ class Plan:
     computed. None: all are of round 0."""
 
 
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """What can be copied, and whether the pass under way counts; on the device.
+
+    From the moment an event needs an expert that is neither in a slot nor within reach, the pass is void: planners
+    change nothing any more and plan nothing, and whatever else is launched runs through with the experts that are
+    there. Whoever runs the passes looks at it behind each, and runs one that was void in another way.
+    """
+
+    addresses: torch.Tensor
+    """int64 [E]: where each of the layer's experts is in host memory, 0 for nowhere."""
+    void: torch.Tensor
+    """int32 [1], of all layers together: 0 as long as the pass counts. Planners set it, nobody else but who begins."""
+
+
 def new_residents(
     experts: int,
     slots: int,
@@ -120,9 +135,30 @@ def new_plan(residents: Residents, ids: torch.Tensor, passing: bool) -> Plan:
     return Plan(new(most), new(most), new(most), new(1), new(most) if passing else None)
 
 
-def plan_arguments(residents: Residents, plan: Plan, ids: torch.Tensor) -> dict[str, object]:
+def check_reach(reach: Reach, residents: Residents) -> None:
+    """
+    Raises:
+        ValueError: tensors of the wrong dtype, shape or device.
+    """
+    device = residents.slot_of.device
+    check_tensor("addresses", reach.addresses, 1, (torch.int64,), device)
+    check_tensor("void", reach.void, 1, (torch.int32,), device)
+    if reach.addresses.numel() != residents.experts or reach.void.numel() != 1:
+        raise ValueError(
+            f"{reach.addresses.numel()} addresses and {reach.void.numel()} flags: there is one address for each of "
+            f"{residents.experts} experts, and one flag"
+        )
+
+
+def plan_arguments(
+    residents: Residents, plan: Plan, ids: torch.Tensor, reach: Reach | None = None
+) -> dict[str, object]:
     """What both planners' kernels take."""
+    if reach is not None:
+        check_reach(reach, residents)
     return {
+        "addresses_ptr": None if reach is None else reach.addresses,
+        "void_ptr": None if reach is None else reach.void,
         "ids_ptr": ids,
         "slot_of_ptr": residents.slot_of,
         "owner_ptr": residents.owner,
@@ -143,6 +179,29 @@ def plan_arguments(residents: Residents, plan: Plan, ids: torch.Tensor) -> dict[
         "BLOCK_E": power_of_2_from(residents.experts),
         "BLOCK_S": power_of_2_from(residents.slots),
     }
+
+
+@triton.jit
+def is_void(
+    ids_ptr: tl.tensor,
+    slot_of_ptr: tl.tensor,
+    addresses_ptr: tl.tensor,
+    void_ptr: tl.tensor,
+    count: tl.tensor,
+    experts: tl.tensor,
+    BLOCK_R: tl.constexpr,
+) -> tl.tensor:
+    """1 if the pass does not count, be it because of these ids, and 0 if it does; notes that. Reads nothing else."""
+    void = (tl.load(void_ptr) != 0).to(tl.int32)
+    for begin in range(0, count, BLOCK_R):
+        place = begin + tl.arange(0, BLOCK_R)
+        ids = tl.load(ids_ptr + place, mask=place < count, other=-1)
+        absent = (ids >= 0) & (ids < experts)
+        absent = absent & (tl.load(slot_of_ptr + ids, mask=absent, other=0) < 0)
+        absent = absent & (tl.load(addresses_ptr + ids, mask=absent, other=1) == 0)
+        void = tl.maximum(void, tl.max(absent.to(tl.int32), axis=0))
+    tl.store(void_ptr, void)
+    return void
 
 
 @triton.jit

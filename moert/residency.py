@@ -122,6 +122,12 @@ class Residency:
         slot_of = self._slot_of
         return [slot_of[expert] for expert in experts]
 
+    def slots(self) -> dict[ExpertId, int]:
+        """The slot of every resident expert; new."""
+        if not self._arriving:
+            return dict(self._slot_of)
+        return {expert: slot for expert, slot in self._slot_of.items() if expert not in self._arriving}
+
     @property
     def n_free(self) -> int:
         """Slots that nobody holds."""

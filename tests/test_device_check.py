@@ -60,8 +60,12 @@ def test_what_is_right_passes_and_is_not_counted(family: str, dtype: torch.dtype
 
 @pytest.mark.skipif(not triton_support.INTERPRETED, reason="triton's interpreter is off: there is a GPU")
 @pytest.mark.parametrize("stored_as", ["plain", "int8", "mxfp4"])
-def test_the_triton_kernels_pass(stored_as: str, tiny_olmoe: Path, tmp_path: Path) -> None:
+def test_the_triton_kernels_pass(
+    stored_as: str, tiny_olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against the CPU's kernels, and against decoded weights where those would round hidden states as well."""
+    own, seen = PlannedPasses.run, []
+    monkeypatch.setattr(PlannedPasses, "run", lambda *given: seen.append(given[1]) or own(*given))
     folder = tiny_olmoe
     if stored_as != "plain":
         folder = tmp_path / "pack"
@@ -70,6 +74,7 @@ def test_the_triton_kernels_pass(stored_as: str, tiny_olmoe: Path, tmp_path: Pat
     config = OffloadConfig(device_memory="50%", host_memory="75%")
     with pytest.warns(RuntimeWarning, match="the self-check on this one passed"):
         model = loading.load(folder, config, None, device=SimulatedDevice(), device_options=options)
+    assert seen, "those of the device alone too, though some experts are on disk"
     moert.close(model)
 
 

@@ -206,7 +206,8 @@ def test_experts_that_leave_host_memory_end_it(wanted: Any, tmp_path: Path) -> N
     moert.resize(model, host_memory="50%")
     assert not tier.is_planning
     same(generate(model), wanted)
-    assert "host memory has room for 4 of 8 experts" in str(tier.planned.why_not)
+    # A cache that grows is not put back, so a pass over it cannot be run again.
+    assert tier.planned.why_not is None and not tier.is_planning
     check_rows(tier)
     moert.close(model)
 

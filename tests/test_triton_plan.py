@@ -12,7 +12,7 @@ from moert.errors import ConfigError
 from moert.kernels import plan_ema as plan_ema_module
 from moert.kernels.plan_ema import new_ema, plan_ema
 from moert.kernels.plan_lru import new_lru, plan_lru
-from moert.kernels.planning import Plan, Residents
+from moert.kernels.planning import Plan, Reach, Residents
 from moert.policies import make_policy
 from moert.policies.base import Policy
 from moert.turnover import PASSING, turn_over
@@ -229,3 +229,56 @@ def test_bad_input() -> None:
         new_ema(4, 2, DEVICE, 1.0)
     with pytest.raises(ConfigError, match="burst=1"):
         new_ema(4, 2, DEVICE, burst=1.0)
+
+
+def tables_of(state: Any) -> list[torch.Tensor]:
+    return [v for v in (*vars(state.residents).values(), *vars(state).values()) if isinstance(v, torch.Tensor)]
+
+
+@pytest.mark.parametrize("name", ["lru", "ema"])
+def test_an_event_that_needs_what_is_out_of_reach_changes_nothing(name: str) -> None:
+    torch.manual_seed(5)
+    experts, slots, top_k = 16, 6, 3
+    log = torch.full((8, top_k), -9, dtype=torch.int32, device=DEVICE)
+    plan, state = planner(name, experts, slots, log=log.clone())
+    _, plain = planner(name, experts, slots, log=log.clone())
+    reach = Reach(
+        torch.ones(experts, dtype=torch.int64, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    )
+    voided = resident_but_gone = 0
+    for _ in range(40):
+        present = torch.rand(experts) < 0.8
+        reach.addresses.copy_(present * 4096)
+        ids = torch.randperm(experts)[:top_k].view(1, -1)
+        ids[0, 0] = experts if torch.rand(()) < 0.2 else ids[0, 0]
+        needed = {e for e in ids.flatten().tolist() if e < experts}
+        held = {e for e in state.residents.owner.tolist() if e >= 0}
+        before = [tensor.clone() for tensor in tables_of(state)]
+        got = plan(state, ids.to(DEVICE), reach=reach)
+        is_void = any(not present[e] for e in needed - held)
+        assert bool(reach.void.item()) == is_void
+        if is_void:
+            assert listed(got) == ([], [], [])
+            # An event later in the same pass, all of whose experts are there.
+            assert listed(plan(state, torch.tensor([sorted(held)[:1] * top_k], device=DEVICE), reach=reach))[0] == []
+            assert reach.void.item() == 1
+            assert all(torch.equal(now, kept) for now, kept in zip(tables_of(state), before, strict=True))
+            reach.void.zero_()
+            voided += 1
+        else:
+            assert listed(got) == listed(plan(plain, ids.to(DEVICE)))
+            assert all(torch.equal(now, right) for now, right in zip(tables_of(state), tables_of(plain), strict=True))
+            resident_but_gone += any(not present[e] for e in needed & held)
+    assert voided > 5 and resident_but_gone > 3
+
+
+def test_reach_that_does_not_fit() -> None:
+    state, ids = new_lru(5, 4, DEVICE), torch.zeros(1, 2, dtype=torch.int64, device=DEVICE)
+    addresses, void = torch.ones(5, dtype=torch.int64, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    for reach, message in (
+        (Reach(addresses[:4], void), "4 addresses and 1 flags"),
+        (Reach(addresses, void.long()), r"void must be torch\.int32"),
+        (Reach(addresses.int(), void), r"addresses must be torch\.int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_lru(state, ids, reach=reach)

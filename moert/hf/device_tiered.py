@@ -18,6 +18,7 @@ from moert.hf.graphed_forward import graph_passes
 from moert.hf.homes import dense_tensors, move_back, note_homes
 from moert.hf.model import offloaded_modules
 from moert.hf.placement import DeviceMap, locate, move, read_device_map, remove_hooks, where_is
+from moert.hf.router_weights import look_no_more
 from moert.runtime import device_opening
 from moert.runtime.device_building import Share, attach_device
 from moert.runtime.device_check import check_device
@@ -124,6 +125,7 @@ def put_on_device(
         tiers = tier.tiers if isinstance(tier, DeviceGroup) else (tier,)
         check_device(runtime, tiers, computes, _hidden_size(model))
         warnings.warn(NEW, RuntimeWarning, stacklevel=4)
+    look_no_more(model)  # nothing is predicted over a device, and who looks within a pass keeps it from being a graph
     if isinstance(tier, DeviceTier):
         graph_passes(model, runtime)
     return tier

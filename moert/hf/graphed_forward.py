@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as every_module
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.utils.generic import ModelOutput
@@ -28,6 +29,10 @@ class GraphedForward(OwnForward):
     Passes of one token over a cache of fixed size, between which only tensors' contents change, are captured once and
     then replayed, while the device runs its passes by itself (`moert.runtime.device_planned`). Anything else is
     computed by the class's own code. Results are new memory at each call.
+
+    A pass that turns out to have needed an expert on disk is run again, by the class's code and as the host decides,
+    over the cache as it was: where that cannot be, because somebody looks at what happens within it, the device runs
+    none.
 
     For `generate(cache_implementation="static")`, or any `StaticCache`.
     """
@@ -58,29 +63,49 @@ class GraphedForward(OwnForward):
         if args and len(args) <= len(self._names):
             kwargs |= dict(zip(self._names, args, strict=False))
             args = ()
-        if args or not self.is_on or own is not self._forward or not self._is_usual(module, kwargs):
+        if args or own is not self._forward or not self._is_usual(module, kwargs):
             return own(module, *args, **kwargs)
-        signature = _signature(kwargs)
-        if signature != self._signature or not (self._pass is None or self._pass.takes(kwargs["past_key_values"])):
+        cache = kwargs["past_key_values"]
+        if not self._runtime.begin_planned(lambda: self._is_unseen(module)):
+            return own(module, **kwargs)
+        signature = (self._runtime.may_miss, *_signature(kwargs))
+        if signature != self._signature or not (self._pass is None or self._pass.takes(cache)):
             # One at a time: the memory of its pass is the graph's own.
             self._signature, self._seen, self._pass, self.why_not = signature, 0, None, None
-        if self._pass is None and self._seen >= WARM_UPS and self.why_not is None:
+        if self._pass is None and self.is_on and self._seen >= WARM_UPS and self.why_not is None:
             self._capture(module, kwargs)
-        if self._pass is not None and self._pass.holds and self._runtime.begin_planned():
+        # All of a cache that is not written anew at the same places.
+        lengths = [layer.cumulative_length for layer in cache.layers]
+        before = torch.stack(lengths) if self._runtime.may_miss else None
+        if self._pass is not None and self.is_on and self._pass.holds:
             self.replayed += 1
-            return self._pass.run(kwargs)
-        output = own(module, **kwargs)
-        self._seen += self._runtime.is_planning
+            output = self._pass.run(kwargs)
+        else:
+            output = own(module, **kwargs)
+            self._seen += self._runtime.is_planning
+        if self._runtime.is_void():
+            assert before is not None
+            for length, was in zip(lengths, before, strict=True):
+                length.copy_(was)
+            output = own(module, **kwargs)
         return output
 
+    def _is_unseen(self, module: nn.Module) -> bool:
+        """Whether nobody would notice that a pass is run twice."""
+        if self._pass is not None and self._pass.holds:
+            return True
+        has_global = every_module._global_forward_hooks or every_module._global_forward_pre_hooks
+        return not has_global and not any(map(_has_hooks, module.modules()))
+
     def _is_usual(self, module: nn.Module, arguments: dict[str, Any]) -> bool:
-        if not self._runtime.is_planning or module.training or torch.is_grad_enabled() or is_recorded():
+        if module.training or torch.is_grad_enabled() or is_recorded():
             return False
         ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
         return (
             isinstance(ids, torch.Tensor)
             and ids.shape == (1, 1)
             and isinstance(cache, Cache)
+            and len(cache.layers) > 0
             and all(map(_is_fixed, cache.layers))
         )
 
@@ -220,11 +245,15 @@ def _unchanged(module: nn.Module) -> Unchanged:
         parts.add_ways(child)
         parts.add_tensors(child)
         parts.add_hooks(child)
-        # The passes of models within the model are part of its own.
-        is_seen = bool(child._forward_hooks or child._forward_pre_hooks) and not isinstance(child, PreTrainedModel)
-        if is_seen or hasattr(child, "_hf_hook"):
+        if _has_hooks(child):
             raise CaptureError(f"{path} has hooks, which a graph would not call")
     return parts
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what `module` computes; passes of models within the model are part of its own."""
+    is_seen = bool(module._forward_hooks or module._forward_pre_hooks) and not isinstance(module, PreTrainedModel)
+    return is_seen or hasattr(module, "_hf_hook")
 
 
 def graph_passes(model: nn.Module, runtime: OffloadRuntime) -> None:

@@ -114,9 +114,11 @@ def _check_layer(
         hidden, ids, weights = _inputs(cache, tokens, width, dtype)
         tier.go_by(Ways("fetch_all" if schedule == PLANNED else schedule, device.now, (), schedule == PLANNED))
         try:
-            if schedule == PLANNED and spec.index:
-                _begin_pass(tier, compute, width, dtype)
+            if schedule == PLANNED:
+                tier.begin_planned(lambda: True)
             found = _on_device(tier, spec.index, compute, hidden, ids, weights)
+            if tier.is_void():
+                continue  # too little is in host memory
             tier.settle()
             tier.transfers.drain()  # the CPU's own step does not ask who is copying
             wanted = (_decoded if is_coded else _on_cpu)(runtime, cache, compute, hidden, ids, weights)
@@ -134,12 +136,6 @@ def _check_layer(
                 f"{dtype}, is off by {float(apart.max()):.2g} of its length, and rounding explains {allowed:.2g}; "
                 "leave device_memory out to run the experts on the CPU, and please report this with `moert doctor`"
             )
-
-
-def _begin_pass(tier: DeviceTier, compute: Compute, width: int, dtype: torch.dtype) -> None:
-    """The device begins to run passes by itself in the first layer, if it has that."""
-    if 0 in tier.caches.layers:
-        _on_device(tier, 0, compute, *_inputs(tier.caches[0], 1, width, dtype))
 
 
 def _on_device(

@@ -63,11 +63,18 @@ class DeviceGroup:
         """No pass is one device's alone."""
         return False
 
-    has_begun = is_planning
+    has_begun = may_miss = is_planning
 
-    def begin_planned(self) -> bool:
+    def begin_planned(self, can_repeat: Callable[[], bool]) -> bool:
         """None can be."""
         return False
+
+    def is_void(self) -> bool:
+        """None was."""
+        return False
+
+    def settle(self) -> None:
+        """The host knows everything at any time."""
 
     def capture(self, work: Callable[[], object]) -> Graph:
         """Raises CaptureError: a graph is one device's."""

@@ -1,21 +1,25 @@
 """Single tokens without the host: the device looks up their experts, decides who leaves, fetches and computes.
 
-The host learns of it when it asks. While it does not, its books of who is resident are those of the last time.
+The host learns of it when it asks. While it does not, its books of who is resident are those of the last time. What is
+on disk the device cannot fetch: a pass that needs it is void, and the host is to look after each whether it was.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from moert.device.base import Device
+from moert.runtime.device_addresses import HostAddresses
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_kernels import LayerKernels
+from moert.runtime.device_packed import PackedTensors
 from moert.runtime.device_pinning import PinnedHost
-from moert.runtime.device_planners import Copy, Planner, Slots, make_planner
+from moert.runtime.device_planners import Planner, Slots, make_planner
 from moert.runtime.device_transfers import DeviceTransfers
 from moert.types import ExpertId
 
@@ -33,9 +37,14 @@ class _Layer:
     kernels: RowByPick
     planner: Planner
     log: torch.Tensor
+    host: HostAddresses
+    addresses: torch.Tensor
+    """int64 [P, E], on the device: as in `host`."""
     table: RowTable | None = None
     taken: tuple[int, ...] = ()
     """The rows of its slots, in their order, while it is run here."""
+    owners: tuple[int, ...] = ()
+    """Who was in them at the beginning, -1 for nobody."""
     counted: tuple[int, int] = (0, 0)
     """Uses and misses that the statistics have."""
 
@@ -43,8 +52,8 @@ class _Layer:
 class PlannedPasses:
     """Runs passes of one token through all layers of a device, between `enter` and `leave`.
 
-    In between, rows and residents are the device's to change; nothing else may use them. All experts must be in
-    page-locked host memory and stay there.
+    In between, rows and residents are the device's to change; nothing else may use them. What is in page-locked host
+    memory must stay where it is.
     """
 
     def __init__(
@@ -63,54 +72,47 @@ class PlannedPasses:
         """
         if not device.reads_host:
             raise ValueError(f"kernels on {device.name} cannot read host memory where it is")
-        self._device, self._pinned, self._transfers = device, pinned, transfers
-        self._layers = {
-            cache.spec.index: _new_layer(device, cache, kernel) for cache, kernel in zip(caches, kernels, strict=True)
-        }
+        self._device, self._transfers = device, transfers
+        with torch.inference_mode(False):
+            self._layers = {
+                cache.spec.index: _new_layer(device, cache, kernel, pinned)
+                for cache, kernel in zip(caches, kernels, strict=True)
+            }
+            self._void = torch.zeros(1, dtype=torch.int32, device=device.torch_device)
+        packed = [self._void]
+        for of in self._layers.values():
+            packed += [*of.planner.tensors, of.addresses]
+        self._packed = PackedTensors(device, packed)
         self.is_entered = False
-        self._knows_addresses = True
+        self.may_miss = False
+        """Whether passes since `enter` may need what is on disk, and be void."""
+        self.asked: Counter[int] = Counter()
+        """Steps of each layer since `enter`."""
+        self._asked_before: Counter[int] = Counter()
+        """Of those, the ones of passes before the one under way."""
 
     @property
-    def is_ready(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether all experts are in host memory by now."""
         return all(len(of.cache.host.cache.residency) == of.cache.spec.num_experts for of in self._layers.values())
 
-    def why_not(self) -> str | None:
-        """Why it can never be entered with host memory as it is; None: it can, once it is ready."""
-        from moert.kernels.copy_rows import SCATTERED_ALIGNMENT
-
-        for of in self._layers.values():
-            host, spec = of.cache.host, of.cache.spec
-            room = host.cache.residency.capacity
-            if room < spec.num_experts:
-                return f"host memory has room for {room} of {spec.num_experts} experts of {spec.name}"
-            for expert in host.cache.residency.residents:
-                weights = host.weights(expert)
-                tensors = [weights[one.name] for one in of.cache.bank.specs]
-                if not all(map(self._pinned.is_locked, tensors)):
-                    return f"expert {expert.expert} of {spec.name} is not in page-locked memory"
-                if any(tensor.data_ptr() % SCATTERED_ALIGNMENT for tensor in tensors):
-                    where = f"at a multiple of {SCATTERED_ALIGNMENT} bytes"
-                    return f"expert {expert.expert} of {spec.name} does not begin {where}"
-        return None
-
     def enter(self) -> None:
-        """From here on passes are run here, as `why_not` and `is_ready` allow. Blocks until nothing is on its way up.
+        """From here on passes are run here. Blocks until nothing is on its way up.
 
         Raises:
-            ValueError: the tensors' sizes are not what the kernels can copy; nothing has changed.
+            ValueError: host memory is not where kernels can read it; nothing has changed.
         """
-        from moert.kernels.copy_rows import scattered_table
-
         for of in self._layers.values():
+            of.host.look()
             if of.table is None:
-                tensors, destinations = _tensors(of.cache), list(of.cache.bank.tensors.values())
-                of.table = scattered_table(tensors, destinations, self._device.torch_device)
-        self.is_entered = True
+                of.table = self._table_of(of)
+        self.is_entered, self.may_miss = True, not self.is_complete
+        self.asked.clear()
         self._transfers.drain()
         for coming in self._transfers.all_coming():
             self._transfers.discard(coming.expert)
-        copies: list[Copy] = []
+        here = self._packed.here
+        here(self._void).zero_()
         for of in self._layers.values():
             cache = of.cache
             residents = {expert: cache.row_of(expert) for expert in cache.residency.residents}
@@ -118,23 +120,36 @@ class PlannedPasses:
             rows = [row for row in free if row is not None]
             assert len(rows) == len(free), "a slot without a row"
             of.taken = (*residents.values(), *rows)
+            of.owners = (*(expert.expert for expert in residents), *(-1 for _ in rows))
             of.counted = (len(residents), 0)
-            copies += of.planner.begin(cache.residency.policy, residents, rows)
-            if not self._knows_addresses:
-                assert of.table is not None and of.table.addresses is not None
-                here = [[tensor.data_ptr() for tensor in rows] for rows in _tensors(cache)]
-                copies.append((of.table.addresses, torch.tensor(here)))
-        self._knows_addresses = True
+            for there, contents in of.planner.begin(cache.residency.policy, residents, rows):
+                here(there).copy_(contents)
+            here(of.addresses).copy_(of.host.table)
+        self._packed.send()
 
-        def work() -> None:
-            for there, here in copies:
-                there.copy_(here)
+    def _table_of(self, of: _Layer) -> RowTable:
+        from moert.kernels.copy_rows import scattered_table
 
-        self._device.compute.launch(work)
-        self._device.join(self._device.compute.record())
+        destinations = list(of.cache.bank.tensors.values())
+        # Rows of the bank stand for those of host memory, of which there may be none yet: they are of the same shapes.
+        absent = [None] * (of.cache.spec.num_experts - 1)
+        sources = [[destination[0], *absent] for destination in destinations]
+        table = scattered_table(sources, destinations, self._device.torch_device)
+        return replace(table, addresses=of.addresses)
+
+    def begin_pass(self) -> None:
+        """Somebody who will ask `is_void` begins a pass."""
+        self._asked_before = Counter(self.asked)
+
+    def is_void(self) -> bool:
+        """Whether the pass that was begun needed what is on disk, so that it does not count; blocks until it is
+        over."""
+        return bool(self._device.to_host(self._void).item())
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One step of a layer: [1, D], [1, K] and [1, K] on the device -> [1, D]. Waits for nothing.
+
+        The caller adds it to `asked` when it is done.
 
         Raises:
             OutOfDeviceMemoryError: what is in the rows is not known any more: `abandon`.
@@ -142,14 +157,17 @@ class PlannedPasses:
         """
         from moert.kernels.copy_rows import copy_rows
         from moert.kernels.device_experts import device_experts
+        from moert.kernels.planning import Reach
 
         of = self._layers[layer]
         table = of.table
         assert table is not None
+        # All of an expert's tensors are in host memory, or none.
+        reach = Reach(of.addresses[0], self._void) if self.may_miss else None
         found: list[torch.Tensor] = []
 
         def work() -> None:
-            plan = of.planner.plan(ids)
+            plan = of.planner.plan(ids, reach)
             copy_rows(table, plan.experts, plan.slots, plan.count)
             out = device_experts(of.kernels.bank, hidden, ids, weights, of.planner.residents.slot_of)
             found.append(of.kernels.add_identity(hidden, ids, weights, out))
@@ -165,9 +183,13 @@ class PlannedPasses:
         Returns:
             Uses of experts since the last time, and how many of them were misses.
         """
+        self._packed.fetch()
+        return self._count()
+
+    def _count(self) -> tuple[int, int]:
         uses = misses = 0
         for of in self._layers.values():
-            _, now_used, now_missed = self._device.to_host(of.planner.residents.counters).tolist()
+            _, now_used, now_missed = self._packed.here(of.planner.residents.counters).tolist()
             used, missed = now_used - of.counted[0], now_missed - of.counted[1]
             of.counted = (now_used, now_missed)
             of.cache.stats.hits += used - missed
@@ -176,29 +198,43 @@ class PlannedPasses:
             uses, misses = uses + used, misses + missed
         return uses, misses
 
-    def leave(self) -> None:
+    def leave(self, *, again: bool = False) -> tuple[int, int]:
         """Have the host's books say what the device has made of it; blocks until it has got there.
 
-        What has not been counted is not in the statistics.
+        Args:
+            again: the pass under way will be run once more. Its events are left to that to tell the policies of, and
+                its uses to count: each of them is a hit then.
+
+        Returns:
+            As `count`.
         """
+        uses, misses = self.count()
         for index, of in self._layers.items():
             cache = of.cache
-            owners = self._device.to_host(of.planner.residents.owner).tolist()
-            for event in self._events(index, of):
+            events = self._events(index, of)
+            if again:
+                n_events = int(self._packed.here(of.planner.residents.counters)[0])
+                first = max(0, len(events) - (n_events - self._asked_before[index]))
+                untold = sum(map(len, events[first:]))
+                events, uses = events[:first], uses - untold
+                cache.stats.hits -= untold
+            for event in events:
                 cache.residency.policy.access(event)
+            owners = self._packed.here(of.planner.residents.owner).tolist()
             rows = {ExpertId(index, owner): row for owner, row in zip(owners, of.taken, strict=True) if owner >= 0}
             cache.take_over(rows)
-            for owner, row in zip(owners, of.taken, strict=True):
-                if owner >= 0:
-                    cache.bank.take_over(row)
-                else:
+            for owner, before, row in zip(owners, of.owners, of.taken, strict=True):
+                if owner < 0:
                     cache.bank.give_back(row)
+                elif owner != before:  # else its bytes are the same, whoever has been there meanwhile
+                    cache.bank.take_over(row)
         self.is_entered = False
+        return uses, misses
 
     def _events(self, layer: int, of: _Layer) -> list[list[ExpertId]]:
         """The latest, the oldest first."""
-        events = int(self._device.to_host(of.planner.residents.counters)[0])
-        log = self._device.to_host(of.log).tolist()
+        events = int(self._packed.here(of.planner.residents.counters)[0])
+        log = self._packed.here(of.log).tolist()
         real = range(of.cache.spec.num_experts)
         return [
             [ExpertId(layer, expert) for expert in sorted({*log[number % LOGGED]}) if expert in real]
@@ -217,10 +253,11 @@ class PlannedPasses:
 
     def forget_addresses(self) -> None:
         """Host memory has moved, or is going to."""
-        self._knows_addresses = False
+        for of in self._layers.values():
+            of.host.forget()
 
 
-def _new_layer(device: Device, cache: DeviceCache, kernels: LayerKernels) -> _Layer:
+def _new_layer(device: Device, cache: DeviceCache, kernels: LayerKernels, pinned: PinnedHost) -> _Layer:
     from moert.runtime.device_triton import RowByPick
 
     if not isinstance(kernels, RowByPick):
@@ -229,10 +266,5 @@ def _new_layer(device: Device, cache: DeviceCache, kernels: LayerKernels) -> _La
     rows = torch.zeros(cache.residency.capacity, dtype=torch.int32, device=where)
     log = torch.zeros(LOGGED, spec.top_k, dtype=torch.int32, device=where)
     planner = make_planner(cache.residency.policy, Slots(spec.index, spec.num_experts, rows, cache.bank.n_rows, log))
-    return _Layer(cache, kernels, planner, log)
-
-
-def _tensors(cache: DeviceCache) -> list[list[torch.Tensor]]:
-    """For each tensor of an expert, where each expert has it in host memory."""
-    experts = [cache.host.weights(ExpertId(cache.spec.index, expert)) for expert in range(cache.spec.num_experts)]
-    return [[weights[spec.name] for weights in experts] for spec in cache.bank.specs]
+    host = HostAddresses(cache, pinned)
+    return _Layer(cache, kernels, planner, log, host, torch.zeros_like(host.table, device=where))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,11 +26,16 @@ class PlannedWay:
         self.ways, self.counts = ways, counts
         self._passes: PlannedPasses | None = None
         self._device: Device | None = None
-        self._layers = 0
         self.why_not: str | None = "it was not asked for"
         """Why the device will run no pass by itself; None: it may."""
         self._has_begun = False
         self._is_captured = False
+        self._captured: Counter[int] = Counter()
+        """Steps of each layer in what is captured."""
+        self._is_tried = False
+        """Whether the pass under way is one that may turn out to be void."""
+        self._was_void = False
+        """Whether the host is in charge because of that, for the rest of one pass."""
 
     def make(
         self,
@@ -45,7 +51,11 @@ class PlannedWay:
         except (ValueError, ImportError) as error:
             self._never(str(error))
             return
-        self._device, self._layers, self.why_not = device, len(caches), None
+        self._device, self.why_not = device, None
+
+    def go_by(self, ways: Ways) -> None:
+        """Between passes: run them as `ways` says from here on."""
+        self.ways, self._has_begun = ways, False
 
     @property
     def is_on(self) -> bool:
@@ -57,50 +67,81 @@ class PlannedWay:
         """Whether the pass that begins has been told of already, or is none."""
         return self._has_begun or self._is_captured
 
+    @property
+    def may_miss(self) -> bool:
+        """Whether passes that are run here now may need what is on disk."""
+        return self._passes is not None and self._passes.may_miss
+
     def pass_begins(self, tokens: int) -> None:
         """The first layer of a pass is to run."""
         if not self.has_begun:
-            self.ways.begin(tokens)
-        self._has_begun = False
+            self._was_void = False
+            # Nobody will ask whether it was void.
+            self.ways.begin(tokens, may_plan=self._passes is not None and self._passes.is_complete)
+        if not self._is_captured:
+            self._has_begun = False
 
-    def begin(self) -> bool:
-        """A pass of one token begins, before its first layer; whether a graph may do all of it."""
-        self.ways.begin(1)
-        is_planned = self.is_on and self.ways.way == PLANNED
-        if is_planned:
-            self._count_steps(self._layers)
-        self._has_begun = not is_planned
-        return is_planned
+    def begin(self, can_repeat: Callable[[], bool]) -> bool:
+        """A pass of one token begins, before its first layer, of somebody who will ask `is_void` when it is over and
+        then do it again, if he `can_repeat` it; whether a graph may do all of it."""
+        passes, charged, self._was_void = self._passes, self._was_void, False
+        if self._is_tried:
+            # The one before has been cut short, and nobody knows whether it was.
+            self._is_tried = False
+            self.settle()
+        may_miss = passes is not None and not passes.is_complete
+        may_plan = passes is not None and (not may_miss or can_repeat())
+        self.ways.begin(1, may_plan=may_plan, may_miss=may_miss)
+        self._has_begun = True
+        if passes is None or self.ways.way != PLANNED:
+            return False
+        if not self.is_on and not self._enter(charged=charged):
+            self.ways.do_not_plan()
+            return False
+        self._is_tried = passes.may_miss
+        if self._is_tried:
+            passes.begin_pass()
+        return True
+
+    def is_void(self) -> bool:
+        """Whether the pass that is over, of which `begin` was told, has to be done again, by the host; blocks until it
+        is over, unless it cannot be."""
+        if not self._is_tried:
+            return False
+        assert self._passes is not None
+        self._is_tried = False
+        if not self._passes.is_void():
+            return False
+        if self.is_on:
+            self._leave(again=True)
+        self.ways.go_on()
+        self._was_void = self._has_begun = True
+        return True
 
     def takes(self, spec: LayerSpec, ids: torch.Tensor) -> bool:
         """Whether a step is run here. If not, the host knows everything there is to know when this returns."""
         if self._passes is None:
-            if self.ways.way == PLANNED:
-                self.ways.do_not_plan(ever=True)
             return False
         if self._is_captured:
             return True
         is_wanted = self.ways.way == PLANNED and ids.shape == (1, spec.top_k)
-        if is_wanted and (self.is_on or (spec.index == 0 and self._enter())):
+        if is_wanted and (self.is_on or (spec.index == 0 and self._passes.is_complete and self._enter())):
             return True
         self.settle()
         self.ways.do_not_plan()
         return False
 
-    def _enter(self) -> bool:
+    def _enter(self, *, charged: bool = False) -> bool:
+        """`charged`: the time that it takes is part of what the passes take."""
         assert self._passes is not None
-        why_not = self._passes.why_not()
-        if why_not is None and self._passes.is_ready:
-            try:
-                self._passes.enter()
-            except ValueError as error:
-                why_not = str(error)
-            else:
-                self.ways.forget()  # this takes longer than a pass
-                return True
-        if why_not is not None:
-            self._never(why_not)
-        return False
+        try:
+            self._passes.enter()
+        except ValueError as error:
+            self._never(str(error))
+            return False
+        if not charged:
+            self.ways.forget()
+        return True
 
     def _never(self, why_not: str) -> None:
         self._passes, self.why_not = None, why_not
@@ -111,6 +152,7 @@ class PlannedWay:
         nobody's."""
         assert self._passes is not None
         if self._is_captured:
+            self._captured[layer] += 1
             return self._passes.run(layer, hidden, ids, weights)
         try:
             out = self._passes.run(layer, hidden, ids, weights)
@@ -118,21 +160,30 @@ class PlannedWay:
             self._passes.abandon()
             self.ways.do_not_plan()
             return None
-        self._count_steps(1)
+        self._count_steps([layer])
         return out
 
-    def _count_steps(self, steps: int) -> None:
-        self.counts.ways[PLANNED] = self.counts.ways.get(PLANNED, 0) + steps
+    def _count_steps(self, layers: Sequence[int]) -> None:
+        assert self._passes is not None
+        self._passes.asked.update(layers)
+        self.counts.ways[PLANNED] = self.counts.ways.get(PLANNED, 0) + len(layers)
 
     def capture(self, work: Callable[[], object]) -> Graph:
-        """Make a graph of a pass that is run here; its steps count as none."""
+        """Make a graph of a pass that is run here; its steps count when it is replayed."""
         assert self._device is not None and self.is_on
         self.ways.forget()  # this takes longer than a pass
         self._is_captured = True
+        self._captured.clear()
         try:
-            return self._device.capture(work)
+            graph = self._device.capture(work)
         finally:
             self._is_captured = False
+        return _CountedGraph(self, graph, list(self._captured.elements()))
+
+    def replays(self, layers: Sequence[int]) -> None:
+        """A graph of steps of these layers does a pass that `begin` was told of."""
+        self._has_begun = False
+        self._count_steps(layers)
 
     def count(self) -> None:
         """Bring all counts up to date; blocks until the device has got there."""
@@ -143,10 +194,15 @@ class PlannedWay:
 
     def settle(self) -> None:
         """Have the host know everything that there is to know; blocks until the device has got there."""
-        if self._passes is not None and self._passes.is_entered:
-            self.count()
-            self._passes.leave()
+        if self.is_on:
+            self._leave()
             self.ways.forget()
+
+    def _leave(self, *, again: bool = False) -> None:
+        assert self._passes is not None
+        uses, misses = self._passes.leave(again=again)
+        self.counts.on_device += uses
+        self.counts.fetched += misses
 
     def forget_addresses(self) -> None:
         """Host memory has moved, or is going to."""
@@ -155,7 +211,18 @@ class PlannedWay:
 
     def recover(self) -> None:
         """After an interrupt that came nobody knows where: what the device was changing is lost."""
-        self._has_begun = self._is_captured = False
+        self._has_begun = self._is_captured = self._is_tried = self._was_void = False
         self.forget_addresses()
         if self._passes is not None and self._passes.is_entered:
             self._passes.abandon()
+
+
+class _CountedGraph(Graph):
+    """A pass whose steps count at each replay."""
+
+    def __init__(self, way: PlannedWay, graph: Graph, layers: Sequence[int]) -> None:
+        self._way, self._graph, self._layers = way, graph, layers
+
+    def replay(self) -> None:
+        self._way.replays(self._layers)
+        self._graph.replay()

@@ -14,7 +14,7 @@ from moert.policies.lru import LRU
 from moert.types import ExpertId
 
 if TYPE_CHECKING:
-    from moert.kernels.planning import Plan, Residents
+    from moert.kernels.planning import Plan, Reach, Residents
 
 
 Copy = tuple[torch.Tensor, torch.Tensor]
@@ -40,9 +40,14 @@ class Planner(ABC):
 
     residents: Residents
 
+    @property
     @abstractmethod
-    def plan(self, ids: torch.Tensor) -> Plan:
-        """Take an event's ids, on the device; see `moert.kernels.planning.Plan`. Waits for nothing."""
+    def tensors(self) -> list[torch.Tensor]:
+        """All that the kernel knows, on the device; each is its own memory, until somebody packs them."""
+
+    @abstractmethod
+    def plan(self, ids: torch.Tensor, reach: Reach | None = None) -> Plan:
+        """Take an event's ids, on the device; see `Plan` and `Reach` of `moert.kernels.planning`. Waits for nothing."""
 
     @abstractmethod
     def begin(self, policy: Policy, residents: Mapping[ExpertId, int], free_rows: Sequence[int]) -> list[Copy]:
@@ -52,9 +57,9 @@ class Planner(ABC):
         """What every planner has; it counts on from as many uses as there are residents."""
         tables = self.residents
         assert tables.rows is not None
-        slot_of = torch.full_like(tables.slot_of, -1, device="cpu")
-        for expert, row in residents.items():
-            slot_of[expert.expert] = row
+        rows_of = dict.fromkeys(range(tables.experts), -1)
+        rows_of.update((expert.expert, row) for expert, row in residents.items())
+        slot_of = torch.tensor(list(rows_of.values()), dtype=torch.int32)
         owners = [expert.expert for expert in residents] + [-1] * len(free_rows)
         return [
             (tables.rows, torch.tensor([*residents.values(), *free_rows], dtype=torch.int32)),
@@ -71,23 +76,26 @@ class EmaPlanner(Planner):
     def __init__(self, policy: EMA, slots: Slots) -> None:
         from moert.kernels.plan_ema import new_ema
 
-        self._layer = slots.layer
+        self._ids = [ExpertId(slots.layer, expert) for expert in range(slots.experts)]
         rows, log = slots.rows, slots.log
         self._state = new_ema(slots.experts, rows.numel(), rows.device, **policy.parameters, rows=rows, log=log)
         self.residents = self._state.residents
 
-    def plan(self, ids: torch.Tensor) -> Plan:
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return _tensors_of(self.residents, self._state)
+
+    def plan(self, ids: torch.Tensor, reach: Reach | None = None) -> Plan:
         from moert.kernels.plan_ema import plan_ema
 
-        return plan_ema(self._state, ids)
+        return plan_ema(self._state, ids, reach=reach)
 
     def begin(self, policy: Policy, residents: Mapping[ExpertId, int], free_rows: Sequence[int]) -> list[Copy]:
         assert isinstance(policy, EMA)
         state = self._state
-        scores = [policy.score(ExpertId(self._layer, expert)) for expert in range(self.residents.experts)]
         return [
             *self._tables(residents, free_rows),
-            (state.scores, torch.tensor(scores, dtype=torch.float64)),
+            (state.scores, torch.tensor(list(map(policy.score, self._ids)), dtype=torch.float64)),
             (state.bursts, torch.zeros_like(state.bursts, device="cpu")),
             (state.last_uses, torch.zeros_like(state.last_uses, device="cpu")),
         ]
@@ -103,10 +111,14 @@ class LruPlanner(Planner):
         self._state = new_lru(slots.experts, rows.numel(), rows.device, rows, slots.log, slots.n_rows)
         self.residents = self._state.residents
 
-    def plan(self, ids: torch.Tensor) -> Plan:
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return _tensors_of(self.residents, self._state)
+
+    def plan(self, ids: torch.Tensor, reach: Reach | None = None) -> Plan:
         from moert.kernels.plan_lru import plan_lru
 
-        return plan_lru(self._state, ids)
+        return plan_lru(self._state, ids, reach=reach)
 
     def begin(self, policy: Policy, residents: Mapping[ExpertId, int], free_rows: Sequence[int]) -> list[Copy]:
         stamps = torch.zeros_like(self._state.stamps, device="cpu")
@@ -116,6 +128,10 @@ class LruPlanner(Planner):
             stamps[residents[oldest]] = stamp
             older.add(oldest)
         return [*self._tables(residents, free_rows), (self._state.stamps, stamps)]
+
+
+def _tensors_of(*states: object) -> list[torch.Tensor]:
+    return [value for state in states for value in vars(state).values() if isinstance(value, torch.Tensor)]
 
 
 _PLANNERS: dict[type[Policy], type[EmaPlanner | LruPlanner]] = {EMA: EmaPlanner, LRU: LruPlanner}

@@ -86,7 +86,8 @@ class DeviceTier:
 
     def go_by(self, ways: Ways) -> None:
         """Run passes as `ways` says from here on; between passes."""
-        self.ways = self.planned.ways = self.hosted.ways = ways
+        self.ways = self.hosted.ways = ways
+        self.planned.go_by(ways)
 
     def reset_counts(self) -> None:
         """Start counting anew."""
@@ -143,9 +144,19 @@ class DeviceTier:
         """Whether the device runs passes of one token by itself now."""
         return self.planned.is_on
 
-    def begin_planned(self) -> bool:
-        """A pass of one token begins; whether a graph of it may be replayed. If not, `run` knows that it has begun."""
-        return self.planned.begin()
+    def begin_planned(self, can_repeat: Callable[[], bool]) -> bool:
+        """A pass of one token begins, of somebody who asks `is_void` behind it; see `PlannedWay.begin`. However it goes
+        on, `run` knows that it has begun."""
+        return self.planned.begin(can_repeat)
+
+    @property
+    def may_miss(self) -> bool:
+        """Whether the passes that the device runs by itself now may have to be done again."""
+        return self.planned.may_miss
+
+    def is_void(self) -> bool:
+        """Whether the pass that is over has to be done again; see `PlannedWay.is_void`."""
+        return self.planned.is_void()
 
     @property
     def has_begun(self) -> bool:

@@ -12,6 +12,11 @@ PURE = ("cpu_all", "fetch_all")
 PLANNED = "planned"
 """Passes of one token that the device runs by itself; see `PlannedPasses`. It is no scheduler: it asks none."""
 
+_PROMPT, _TOKEN = "prompt", "token"
+"""Passes that the host decides about: of several tokens, and of one."""
+_EVEN, _UNEVEN = "even", "uneven"
+"""Of one token, that the device may run by itself: surely, and perhaps once more in another way."""
+
 PAUSE_S = 1.0
 """A pass that took longer than this has waited for its user."""
 
@@ -36,13 +41,16 @@ class Ways:
         """
         names = list(dict.fromkeys([preferred, *pure]))
         self._schedulers: dict[str, Scheduler] = {name: make_scheduler(name) for name in names}
-        self._preferred, self._names = preferred, names
+        self._preferred = preferred
         self._clock = clock
-        alone = [*names, PLANNED] if planned is None and len(names) > 1 else names
-        self._guards = (Guard(alone), Guard(names)) if len(names) > 1 else None
-        """Of single tokens, and of more."""
+        self._guards: dict[str, Guard] = {}
+        if len(names) > 1:
+            self._guards = {_PROMPT: Guard(names), _TOKEN: Guard(names)}
+            if planned is None:
+                alone = [*names, PLANNED]
+                self._guards |= {_EVEN: Guard(alone), _UNEVEN: Guard(alone, uneven=(PLANNED,))}
         self._always_planned = bool(planned)
-        self._last: tuple[int, float] | None = None
+        self._last: tuple[int, str, float] | None = None
         self._now = preferred
 
     @property
@@ -58,36 +66,50 @@ class Ways:
     @property
     def switches(self) -> int:
         """How often another way has become the one in use."""
-        return 0 if self._guards is None else sum(guard.switches for guard in self._guards)
+        return sum(guard.switches for guard in self._guards.values())
 
-    def begin(self, tokens: int) -> None:
-        """A forward pass of so many tokens begins."""
+    def begin(self, tokens: int, *, may_plan: bool = True, may_miss: bool = False) -> None:
+        """A forward pass of so many tokens begins.
+
+        Args:
+            may_plan: the device may run it by itself.
+            may_miss: and would have to be helped if it needed what is on disk.
+        """
         if not tokens:
             return
-        if tokens == 1 and self._always_planned:
+        if tokens == 1 and self._always_planned and may_plan:
             self._now = PLANNED
             self.forget()
             return
-        if self._guards is None:
+        kind = _PROMPT if tokens > 1 else _TOKEN if not may_plan else _UNEVEN if may_miss else _EVEN
+        guard = self._guards.get(kind) or self._guards.get(_TOKEN)
+        if guard is None:
             self._now = self._preferred
             return
         now = self._clock()
         if self._last is not None:
-            before, then = self._last
+            before, of, then = self._last
             # After a prompt comes what its user thinks about, and what the model does once for each prompt.
-            if before == tokens and now - then < PAUSE_S * max(1, tokens):
-                self._guards[before > 1].note((now - then) / before)
-        self._last = (tokens, now)
-        self._now = self._guards[tokens > 1].way
+            if (before, of) == (tokens, kind) and now - then < PAUSE_S * max(1, tokens):
+                guard.note((now - then) / before)
+        self._last = (tokens, kind, now)
+        self._now = guard.way
 
     def do_not_plan(self, *, ever: bool = False) -> None:
         """`PLANNED` is not to be had for this pass, or, with `ever`, for any from here on."""
+        if ever:
+            self._always_planned = False
+            self._guards.pop(_EVEN, None)
+            self._guards.pop(_UNEVEN, None)
+        if ever or self._now == PLANNED:
+            self.forget()
+        self.go_on()
+
+    def go_on(self) -> None:
+        """What is left of the pass, or what of it has to be done again, is the host's. It is still the same pass, and
+        all the time that it takes is that of the way it began with."""
         if self._now == PLANNED:
             self._now = self._preferred
-        if ever and (self._guards is not None or self._always_planned):
-            self._always_planned = False
-            self._guards = None if self._guards is None else (Guard(self._names), self._guards[1])
-        self.forget()
 
     def forget(self) -> None:
         """The pass under way will not be comparable with others."""

@@ -26,6 +26,8 @@ class Decoding:
     compute_s: float = 0.0
     bytes_read: int = 0
     """What nobody waited for too."""
+    repeated: int = 0
+    """Steps that a GPU ran by itself, and the host once more, as an expert that they needed was on disk."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -47,7 +49,7 @@ class Pace:
 
     def reset(self) -> None:
         """From here on."""
-        self._tokens = self._steps = 0
+        self._tokens = self._steps = self._repeated = 0
         self._seconds = 0.0
         self._done: Sums = (0, 0, 0.0, 0.0, 0)
         self._base: Sums | None = None
@@ -69,6 +71,10 @@ class Pace:
             self._done, self._base = self._now(), None
         self._last = now
 
+    def repeat(self, is_repeated: bool = True) -> None:
+        """Whether the pass that began last has to be run once more."""
+        self._repeated += is_repeated
+
     def _now(self) -> Sums:
         """The counts of all decoding so far."""
         if self._base is None:
@@ -80,4 +86,4 @@ class Pace:
 
     def decoding(self) -> Decoding:
         """What there has been since `reset`."""
-        return Decoding(self._tokens, self._seconds, self._steps, *self._now())
+        return Decoding(self._tokens, self._seconds, self._steps, *self._now(), self._repeated)

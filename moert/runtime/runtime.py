@@ -237,9 +237,15 @@ class OffloadRuntime(UsedAlone):
         use."""
         return self.device is not None and self.device.is_planning
 
+    @property
+    def may_miss(self) -> bool:
+        """Whether the passes that a device runs by itself now may turn out to be void."""
+        return self.device is not None and self.device.may_miss
+
     @whole
-    def begin_planned(self) -> bool:
-        """A pass of one token begins, which the caller replays by a graph if this returns True, else runs as ever.
+    def begin_planned(self, can_repeat: Callable[[], bool]) -> bool:
+        """A pass of one token begins, which is the device's if this returns True, by a graph or not. The caller asks
+        `is_void` when it is over, and does it again then; only if he `can_repeat` it may that be.
 
         Raises:
             MoertError: the runtime has been closed.
@@ -248,7 +254,19 @@ class OffloadRuntime(UsedAlone):
             self._sizing.relieve()
         assert self.device is not None
         self._pace.begin(1)
-        return self.device.begin_planned()
+        return self.device.begin_planned(can_repeat)
+
+    @whole
+    def is_void(self) -> bool:
+        """Whether the pass that is over needed an expert that was on disk: it does not count, and the host decides
+        about it when it is done again. Blocks until it is over, if it could be.
+
+        Raises:
+            MoertError: the runtime has been closed.
+        """
+        is_void = self.device is not None and self.device.is_void()
+        self._pace.repeat(is_void)
+        return is_void
 
     def capture(self, work: Callable[[], object]) -> Graph:
         """Make a graph of a pass that the device runs by itself; see `Device.capture`. Steps within it count nothing.
@@ -339,6 +357,8 @@ class OffloadRuntime(UsedAlone):
         """
         cache = self.layers[layer]
         identity = ExpertId(layer, expert)
+        if self.device is not None and identity not in cache.residency:
+            self.device.settle()  # it reads from where another expert may have to go
         misses = cache.residency.begin([identity]).misses
         try:
             self.pipeline.demand(misses)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from moert.errors import ConfigError
 
@@ -42,11 +42,12 @@ BETWEEN_CHANGES = 1024
 class _Way:
     """One way to run, and what is known of it."""
 
-    def __init__(self, predicted: float) -> None:
+    def __init__(self, predicted: float, *, is_uneven: bool = False) -> None:
         self.predicted = predicted
+        self.is_uneven = is_uneven
         self.times: deque[float] = deque(maxlen=PATIENCE)
         self.seen_s: float | None = None
-        """Its latest trial's median, or that of its latest steps."""
+        """What its latest trial's steps took, or its latest ones."""
         self.next_trial = 0
         self.rest = SOON
 
@@ -54,6 +55,10 @@ class _Way:
     def expected(self) -> float:
         """Seconds of a step; a guess as long as it has not run."""
         return self.predicted if self.seen_s is None else self.seen_s
+
+    def typical(self, times: Sequence[float]) -> float:
+        """What some of its steps took, each."""
+        return statistics.fmean(times) if self.is_uneven else statistics.median(times)
 
 
 class Guard:
@@ -66,17 +71,22 @@ class Guard:
     that costs stays below half a percent of all: one that is forty times slower is tried for a step every few
     thousand, one that is nearly as fast every 64. So it notices when things change, either way.
 
-    It compares medians, so a pause does not decide. Steps should be alike: for others, give each its own guard (as for
-    prompts and for single tokens), or times per unit of work. No clock, no thread; one thread at a time.
+    It compares medians, so a pause does not decide, but of ways that it is told are uneven. Steps should be alike: for
+    others, give each its own guard (as for prompts and for single tokens), or times per unit of work. No clock, no
+    thread; one thread at a time.
 
     The rule of 3 % for 32 steps is of no paper. What it is for: FreeToken's users saw it 8 to 40 times slower than the
     CPU alone.
     """
 
-    def __init__(self, ways: Sequence[str], predicted_s: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, ways: Sequence[str], predicted_s: Mapping[str, float] | None = None, *, uneven: Collection[str] = ()
+    ) -> None:
         """
         Args:
             ways: names, the preferred one first: it is used until others are known to be better.
+            uneven: those of which some steps take a multiple of others by their nature: it is their means that count,
+                and trials of them take as many steps as patience does.
             predicted_s: what a step is expected to take each of them. Ways that are expected to be slower are tried
                 later. None: nothing is.
 
@@ -88,7 +98,7 @@ class Guard:
         known = dict(predicted_s or {})
         if any(name not in ways or not (math.isfinite(s) and s >= 0) for name, s in known.items()):
             raise ConfigError(f"predictions must be finite times of {', '.join(ways)}, not {known}")
-        self._ways = {name: _Way(known.get(name, 0.0)) for name in ways}
+        self._ways = {name: _Way(known.get(name, 0.0), is_uneven=name in uneven) for name in ways}
         self._home = ways[0]
         self._trial: str | None = None
         self._trial_times: list[float] = []
@@ -126,7 +136,7 @@ class Guard:
         home = self._ways[self._home]
         home.times.append(seconds)
         if len(home.times) >= TRIAL - SETTLING or home.seen_s is None:
-            home.seen_s = statistics.median(home.times)
+            home.seen_s = home.typical(list(home.times))
         is_sure = len(home.times) == PATIENCE
         if is_sure:
             self._notice_change(home.expected)
@@ -174,11 +184,13 @@ class Guard:
         way, home = self._ways[name], self._ways[self._home]
         self._trial_times.append(seconds)
         self._spent_s += max(0.0, seconds - home.expected)
-        is_far_off = seconds > 2 * home.expected and len(self._trial_times) > (1 if way.seen_s is None else 0)
-        if len(self._trial_times) < TRIAL and not is_far_off:
+        taken = way.typical(self._trial_times) if way.is_uneven else seconds
+        is_far_off = taken > 2 * home.expected and len(self._trial_times) > (1 if way.seen_s is None else 0)
+        # A few steps are no mean.
+        if len(self._trial_times) < (PATIENCE if way.is_uneven else TRIAL) and not is_far_off:
             return
-        settled = self._trial_times[SETTLING:] or self._trial_times[-1:]
-        way.seen_s = statistics.median(settled)
+        settled = self._trial_times[SETTLING:] or self._trial_times[0 if way.is_uneven else -1 :]
+        way.seen_s = way.typical(settled)
         self._trial = None
         if way.seen_s < (1 - BETTER) * home.expected:
             # Not a change of the machine: the next one is seen against what this way takes.
