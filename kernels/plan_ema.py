@@ -13,11 +13,13 @@ from moert.kernels._launch import CompileSpec, Launch
 from moert.kernels.planning import (
     Plan,
     Residents,
+    Split,
     event_experts,
     move_in,
     new_plan,
     new_residents,
     plan_arguments,
+    those_that_come,
 )
 
 PASSING = 8
@@ -89,6 +91,10 @@ def _kernel(
     out_victims_ptr: tl.tensor,
     out_count_ptr: tl.tensor,
     out_rounds_ptr: tl.tensor,
+    fetch_of_ptr: tl.tensor,
+    left_ptr: tl.tensor,
+    out_on_cpu_ptr: tl.tensor,
+    out_on_cpu_count_ptr: tl.tensor,
     count: tl.tensor,
     experts: tl.tensor,
     slots: tl.tensor,
@@ -108,7 +114,6 @@ def _kernel(
     misses = tl.sum(missed.to(tl.int32), axis=0)
     tl.store(counters_ptr, event)
     tl.store(counters_ptr + 2, tl.load(counters_ptr + 2) + misses)
-    tl.store(out_count_ptr, misses)
     # An event without experts is none, for the policy too.
     if size > 0:
         scores = tl.load(scores_ptr + e, mask=e < experts, other=0.0) * tl.load(rates_ptr)
@@ -119,6 +124,14 @@ def _kernel(
         tl.store(last_uses_ptr + e, uses + tl.cumsum(wanted.to(tl.int32), axis=0), mask=wanted)
         tl.store(counters_ptr + 1, uses + size)
     tl.debug_barrier()  # both are read again, by slot
+    come = misses
+    if fetch_of_ptr is not None:
+        worth = tl.load(scores_ptr + e, mask=missed, other=0.0)
+        missed = those_that_come(
+            missed, misses, worth, fetch_of_ptr, left_ptr, out_on_cpu_ptr, out_on_cpu_count_ptr, BLOCK_E
+        )
+        come = tl.sum(missed.to(tl.int32), axis=0)
+    tl.store(out_count_ptr, come)
     s = tl.arange(0, BLOCK_S)
     owner = tl.load(owner_ptr + s, mask=s < slots, other=-1)
     owned = owner >= 0
@@ -135,7 +148,7 @@ def _kernel(
     # Free slots score less than anything, the lowest first.
     last_use = tl.where(owned, last_use, s.to(tl.int64))
     expert = -1
-    for place in range(misses):
+    for place in range(come):
         if out_rounds_ptr is not None:
             score = tl.where(locked, float("inf"), own_score)
             if tl.min(score, axis=0) == float("inf"):
@@ -170,7 +183,7 @@ def _kernel(
         )
 
 
-def plan_ema(state: EmaState, ids: torch.Tensor, *, passing: bool = False) -> Plan:
+def plan_ema(state: EmaState, ids: torch.Tensor, *, passing: bool = False, split: Split | None = None) -> Plan:
     """Take an event, and give its misses the slots of those that lately were in the fewest events.
 
     Step for step what `moert.policies.ema.EMA` decides for one layer's cache when `moert.turnover` drives it; of equal
@@ -185,24 +198,28 @@ def plan_ema(state: EmaState, ids: torch.Tensor, *, passing: bool = False) -> Pl
         state: of the layer that the event is of, changed in place.
         ids: [T, K] int32 or int64; numbers outside 0 to E - 1 are no experts.
         passing: the event may have more experts than there are slots; see `Plan.rounds`.
+        split: some misses are left to the CPU: those of the lowest scores. They get no slot, nobody leaves for them,
+            and they count as every use; None: all come.
 
     Returns:
         New memory.
 
     Raises:
         ValueError: ids of the wrong dtype, layout or device, or, unless `passing`, so many that they could be of more
-            experts than there are slots. Nothing is changed.
+            experts than there are slots; a split of other numbers of ids. Nothing is changed.
         KernelUnavailableError: the device cannot run it.
     """
-    launch, plan = _launch(state, ids, passing)
+    launch, plan = _launch(state, ids, passing, split)
     launch.run(ids.device)
     return plan
 
 
-def _launch(state: EmaState, ids: torch.Tensor, passing: bool = False) -> tuple[Launch, Plan]:
-    plan = new_plan(state.residents, ids, passing)
+def _launch(
+    state: EmaState, ids: torch.Tensor, passing: bool = False, split: Split | None = None
+) -> tuple[Launch, Plan]:
+    plan = new_plan(state.residents, ids, passing, split)
     arguments = {
-        **plan_arguments(state.residents, plan, ids),
+        **plan_arguments(state.residents, plan, ids, split),
         "scores_ptr": state.scores,
         "bursts_ptr": state.bursts,
         "last_uses_ptr": state.last_uses,
@@ -216,10 +233,14 @@ def compile_specs(capability: int) -> list[CompileSpec]:
     """What the compile check compiles for a compute capability."""
     ids = torch.empty(8, 8, dtype=torch.int64, device="meta")
     rows, log = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((96,), (64, 64)))
+    split = Split(*(torch.empty(n, dtype=dtype, device="meta") for n, dtype in ((65, torch.int32), (1, torch.int64))))
     return [
         CompileSpec(
             f"plan_ema[{experts},{slots}{',passing' * passing}]",
             _launch(new_ema(experts, slots, "meta"), ids, passing)[0],
         )
         for experts, slots, passing in ((128, 96, False), (512, 512, False), (128, 96, True))
-    ] + [CompileSpec("plan_ema[128,96,rows]", _launch(new_ema(128, 96, "meta", rows=rows, log=log), ids)[0])]
+    ] + [
+        CompileSpec(f"plan_ema[128,96,{name}]", _launch(new_ema(128, 96, "meta", rows=rows, log=log), ids, split=of)[0])
+        for name, of in (("rows", None), ("split", split))
+    ]

@@ -16,6 +16,7 @@ from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_kernels import LayerKernels
 from moert.runtime.device_pinning import PinnedHost
 from moert.runtime.device_planners import Copy, Planner, Slots, make_planner
+from moert.runtime.device_sharing import Sharing
 from moert.runtime.device_transfers import DeviceTransfers
 from moert.types import ExpertId
 
@@ -69,6 +70,8 @@ class PlannedPasses:
         }
         self.is_entered = False
         self._knows_addresses = True
+        self.sharing: Sharing | None = None
+        """The CPU's share of passes; None: it has none. Set before the first pass."""
 
     @property
     def is_ready(self) -> bool:
@@ -106,6 +109,8 @@ class PlannedPasses:
             if of.table is None:
                 tensors, destinations = _tensors(of.cache), list(of.cache.bank.tensors.values())
                 of.table = scattered_table(tensors, destinations, self._device.torch_device)
+        if self.sharing is not None:
+            self.sharing.enter()
         self.is_entered = True
         self._transfers.drain()
         for coming in self._transfers.all_coming():
@@ -144,14 +149,21 @@ class PlannedPasses:
         from moert.kernels.device_experts import device_experts
 
         of = self._layers[layer]
-        table = of.table
+        table, sharing = of.table, self.sharing
         assert table is not None
+        slot_of = of.planner.residents.slot_of
         found: list[torch.Tensor] = []
 
         def work() -> None:
-            plan = of.planner.plan(ids)
-            copy_rows(table, plan.experts, plan.slots, plan.count)
-            out = device_experts(of.kernels.bank, hidden, ids, weights, of.planner.residents.slot_of)
+            if sharing is None:
+                plan = of.planner.plan(ids)
+                copy_rows(table, plan.experts, plan.slots, plan.count)
+                out = device_experts(of.kernels.bank, hidden, ids, weights, slot_of)
+            else:
+                plan = of.planner.plan(ids, sharing.split(layer))
+                sharing.post(layer, plan, hidden, ids, weights)
+                copy_rows(table, plan.experts, plan.slots, plan.count)
+                out = sharing.compute(plan, of.kernels, hidden, ids, weights, slot_of)
             found.append(of.kernels.add_identity(hidden, ids, weights, out))
 
         compute = self._device.compute
@@ -159,22 +171,23 @@ class PlannedPasses:
         self._device.join(compute.record())
         return found[0]
 
-    def count(self) -> tuple[int, int]:
+    def count(self) -> tuple[int, int, int]:
         """Bring the layers' statistics up to date; blocks until the device has got there.
 
         Returns:
-            Uses of experts since the last time, and how many of them were misses.
+            Uses of experts since the last time, how many of them were misses, and how many of those the CPU computed.
         """
-        uses = misses = 0
-        for of in self._layers.values():
+        uses = misses = on_cpu = 0
+        for index, of in self._layers.items():
             _, now_used, now_missed = self._device.to_host(of.planner.residents.counters).tolist()
             used, missed = now_used - of.counted[0], now_missed - of.counted[1]
             of.counted = (now_used, now_missed)
             of.cache.stats.hits += used - missed
             of.cache.stats.misses += missed
-            self._transfers.counts.nbytes += missed * of.cache.expert_bytes
-            uses, misses = uses + used, misses + missed
-        return uses, misses
+            left = 0 if self.sharing is None else self.sharing.count(index)
+            self._transfers.counts.nbytes += (missed - left) * of.cache.expert_bytes
+            uses, misses, on_cpu = uses + used, misses + missed, on_cpu + left
+        return uses, misses, on_cpu
 
     def leave(self) -> None:
         """Have the host's books say what the device has made of it; blocks until it has got there.
@@ -193,7 +206,7 @@ class PlannedPasses:
                     cache.bank.take_over(row)
                 else:
                     cache.bank.give_back(row)
-        self.is_entered = False
+        self._end()
 
     def _events(self, layer: int, of: _Layer) -> list[list[ExpertId]]:
         """The latest, the oldest first."""
@@ -213,11 +226,18 @@ class PlannedPasses:
         self._device.synchronize()
         for of in self._layers.values():
             of.cache.take_over({})
+        self._end()
+
+    def _end(self) -> None:
+        if self.sharing is not None:
+            self.sharing.leave()
         self.is_entered = False
 
     def forget_addresses(self) -> None:
         """Host memory has moved, or is going to."""
         self._knows_addresses = False
+        if self.sharing is not None:
+            self.sharing.forget_addresses()
 
 
 def _new_layer(device: Device, cache: DeviceCache, kernels: LayerKernels) -> _Layer:

@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 
 from moert.device.base import Device, Graph, OutOfDeviceMemoryError
+from moert.errors import KernelUnavailableError
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_counts import DeviceCounts
 from moert.runtime.device_kernels import LayerKernels
 from moert.runtime.device_pinning import PinnedHost
 from moert.runtime.device_planned import PlannedPasses
+from moert.runtime.device_sharing import Sharing
 from moert.runtime.device_transfers import DeviceTransfers
-from moert.runtime.device_ways import PLANNED, Ways
+from moert.runtime.device_ways import BY_ITSELF, HYBRID, Ways
 from moert.runtime.layer import LayerSpec
+from moert.schedule import Costs
 
 
 class PlannedWay:
@@ -28,6 +31,8 @@ class PlannedWay:
         self._layers = 0
         self.why_not: str | None = "it was not asked for"
         """Why the device will run no pass by itself; None: it may."""
+        self.why_not_shared: str | None = "it was not asked for"
+        """Why the CPU has no share of such passes; None: it may."""
         self._has_begun = False
         self._is_captured = False
 
@@ -38,14 +43,33 @@ class PlannedWay:
         kernels: Sequence[LayerKernels],
         pinned: PinnedHost,
         transfers: DeviceTransfers,
+        costs: Callable[[], Costs | None] | None = None,
     ) -> None:
-        """Get ready, if it can be done at all."""
+        """Get ready, if it can be done at all.
+
+        Args:
+            costs: of an expert, as far as they are known, by which the CPU gets a share; None: it gets none.
+        """
         try:
             self._passes = PlannedPasses(device, caches, kernels, pinned, transfers)
         except (ValueError, ImportError) as error:
             self._never(str(error))
             return
         self._device, self._layers, self.why_not = device, len(caches), None
+        if costs is not None:
+            try:
+                self._passes.sharing = Sharing(device, caches, costs)
+            except ValueError as error:
+                self.why_not_shared = str(error)
+            else:
+                self.why_not_shared = None
+        if self.sharing is None:
+            self.ways.do_not_share()
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """The CPU's share of such passes; None: it has none."""
+        return None if self._passes is None else self._passes.sharing
 
     @property
     def is_on(self) -> bool:
@@ -66,8 +90,9 @@ class PlannedWay:
     def begin(self) -> bool:
         """A pass of one token begins, before its first layer; whether a graph may do all of it."""
         self.ways.begin(1)
-        is_planned = self.is_on and self.ways.way == PLANNED
+        is_planned = self.is_on and self.ways.way in BY_ITSELF
         if is_planned:
+            self._begin_pass()
             self._count_steps(self._layers)
         self._has_begun = not is_planned
         return is_planned
@@ -75,13 +100,15 @@ class PlannedWay:
     def takes(self, spec: LayerSpec, ids: torch.Tensor) -> bool:
         """Whether a step is run here. If not, the host knows everything there is to know when this returns."""
         if self._passes is None:
-            if self.ways.way == PLANNED:
+            if self.ways.way in BY_ITSELF:
                 self.ways.do_not_plan(ever=True)
             return False
         if self._is_captured:
             return True
-        is_wanted = self.ways.way == PLANNED and ids.shape == (1, spec.top_k)
+        is_wanted = self.ways.way in BY_ITSELF and ids.shape == (1, spec.top_k)
         if is_wanted and (self.is_on or (spec.index == 0 and self._enter())):
+            if spec.index == 0:
+                self._begin_pass()
             return True
         self.settle()
         self.ways.do_not_plan()
@@ -101,6 +128,25 @@ class PlannedWay:
         if why_not is not None:
             self._never(why_not)
         return False
+
+    def _begin_pass(self) -> None:
+        if self.sharing is not None:
+            self._check_share()
+            self.sharing.begin(self.ways.way == HYBRID)
+
+    def _check_share(self) -> None:
+        """
+        Raises:
+            KernelUnavailableError: the CPU has not given its share of a pass.
+        """
+        if self.sharing is None:
+            return
+        try:
+            self.sharing.check()
+        except KernelUnavailableError as error:
+            self.why_not_shared = str(error)
+            self.ways.do_not_share()
+            raise
 
     def _never(self, why_not: str) -> None:
         self._passes, self.why_not = None, why_not
@@ -122,12 +168,14 @@ class PlannedWay:
         return out
 
     def _count_steps(self, steps: int) -> None:
-        self.counts.ways[PLANNED] = self.counts.ways.get(PLANNED, 0) + steps
+        way = self.ways.way
+        self.counts.ways[way] = self.counts.ways.get(way, 0) + steps
 
     def capture(self, work: Callable[[], object]) -> Graph:
         """Make a graph of a pass that is run here; its steps count as none."""
         assert self._device is not None and self.is_on
         self.ways.forget()  # this takes longer than a pass
+        self._begin_pass()
         self._is_captured = True
         try:
             return self._device.capture(work)
@@ -137,16 +185,23 @@ class PlannedWay:
     def count(self) -> None:
         """Bring all counts up to date; blocks until the device has got there."""
         if self._passes is not None and self._passes.is_entered:
-            uses, misses = self._passes.count()
-            self.counts.on_device += uses
-            self.counts.fetched += misses
+            self._count()
+            self._check_share()
+
+    def _count(self) -> None:
+        assert self._passes is not None
+        uses, misses, on_cpu = self._passes.count()
+        self.counts.on_device += uses - on_cpu
+        self.counts.fetched += misses - on_cpu
+        self.counts.on_cpu += on_cpu
 
     def settle(self) -> None:
         """Have the host know everything that there is to know; blocks until the device has got there."""
         if self._passes is not None and self._passes.is_entered:
-            self.count()
+            self._count()
             self._passes.leave()
             self.ways.forget()
+            self._check_share()
 
     def forget_addresses(self) -> None:
         """Host memory has moved, or is going to."""
@@ -159,3 +214,8 @@ class PlannedWay:
         self.forget_addresses()
         if self._passes is not None and self._passes.is_entered:
             self._passes.abandon()
+
+    def close(self) -> None:
+        """The device does nothing any more. Idempotent."""
+        if self.sharing is not None:
+            self.sharing.close()

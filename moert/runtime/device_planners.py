@@ -14,7 +14,7 @@ from moert.policies.lru import LRU
 from moert.types import ExpertId
 
 if TYPE_CHECKING:
-    from moert.kernels.planning import Plan, Residents
+    from moert.kernels.planning import Plan, Residents, Split
 
 
 Copy = tuple[torch.Tensor, torch.Tensor]
@@ -41,7 +41,7 @@ class Planner(ABC):
     residents: Residents
 
     @abstractmethod
-    def plan(self, ids: torch.Tensor) -> Plan:
+    def plan(self, ids: torch.Tensor, split: Split | None = None) -> Plan:
         """Take an event's ids, on the device; see `moert.kernels.planning.Plan`. Waits for nothing."""
 
     @abstractmethod
@@ -76,10 +76,10 @@ class EmaPlanner(Planner):
         self._state = new_ema(slots.experts, rows.numel(), rows.device, **policy.parameters, rows=rows, log=log)
         self.residents = self._state.residents
 
-    def plan(self, ids: torch.Tensor) -> Plan:
+    def plan(self, ids: torch.Tensor, split: Split | None = None) -> Plan:
         from moert.kernels.plan_ema import plan_ema
 
-        return plan_ema(self._state, ids)
+        return plan_ema(self._state, ids, split=split)
 
     def begin(self, policy: Policy, residents: Mapping[ExpertId, int], free_rows: Sequence[int]) -> list[Copy]:
         assert isinstance(policy, EMA)
@@ -103,10 +103,10 @@ class LruPlanner(Planner):
         self._state = new_lru(slots.experts, rows.numel(), rows.device, rows, slots.log, slots.n_rows)
         self.residents = self._state.residents
 
-    def plan(self, ids: torch.Tensor) -> Plan:
+    def plan(self, ids: torch.Tensor, split: Split | None = None) -> Plan:
         from moert.kernels.plan_lru import plan_lru
 
-        return plan_lru(self._state, ids)
+        return plan_lru(self._state, ids, split=split)
 
     def begin(self, policy: Policy, residents: Mapping[ExpertId, int], free_rows: Sequence[int]) -> list[Copy]:
         stamps = torch.zeros_like(self._state.stamps, device="cpu")
