@@ -180,8 +180,11 @@ def _inputs(
     spec = cache.spec
     generator = torch.Generator().manual_seed(0)
     there = [cache.host.has(ExpertId(spec.index, expert)) for expert in range(spec.num_experts)]
-    experts = sorted(range(spec.num_experts), key=lambda expert: not there[expert])[: 2 * spec.top_k]
-    # From the last one on, so that a single token has some of those that are not on the device, if any are not.
+    # A single token has some of those that are not on the device, if any are not.
+    missing = [ExpertId(spec.index, expert) not in cache.residency for expert in range(spec.num_experts)]
+    order = sorted(range(spec.num_experts), key=lambda expert: (not there[expert], tokens == 1 and not missing[expert]))
+    experts = order[: 2 * spec.top_k]
+    # From the last one on, as there may be one that is.
     picks = (torch.arange(tokens).unsqueeze(1) + torch.arange(spec.top_k) - 1) % len(experts)
     weights = torch.rand(tokens, spec.top_k, generator=generator) + 0.5
     hidden = torch.randn(tokens, width, generator=generator).to(dtype)

@@ -151,6 +151,8 @@ class PlannedPasses:
         of = self._layers[layer]
         table, sharing = of.table, self.sharing
         assert table is not None
+        if sharing is not None and hidden.dtype is not sharing.dtype:
+            sharing = None  # the CPU takes none of these
         slot_of = of.planner.residents.slot_of
         found: list[torch.Tensor] = []
 
