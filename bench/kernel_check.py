@@ -51,6 +51,7 @@ INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
     "tcgen05": r"tcgen05\.mma",
     "acquire": r"ld\.\S*acquire",
+    "release": r"(?:st|atom|red)\.\S*sys\.\S*release|(?:st|atom|red)\.\S*release\.sys",
     "atomic": r"(?<!\w)(?:red|atom)\.\S*global",
 }
 

@@ -105,5 +105,6 @@ extern PyMethodDef pool_methods[];
 extern PyMethodDef reader_methods[];
 extern PyMethodDef read_plan_methods[];
 extern PyMethodDef moves_methods[];
+extern PyMethodDef mailbox_methods[];
 
 }  // namespace moert

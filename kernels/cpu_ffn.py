@@ -57,7 +57,8 @@ class ExpertFfn:
         if dtype not in NUMBERS:
             raise ValueError(f"activations are {', '.join(map(str, NUMBERS))}, not {dtype}")
         self.gate, self.hidden, self.width, self.dtype = gate, hidden, width, dtype
-        self._number = NUMBERS[dtype]
+        self.number = NUMBERS[dtype]
+        """What the extension calls it."""
         self.arguments = (
             gate.activation,
             gate.gated,
@@ -89,7 +90,7 @@ class ExpertFfn:
                     f"the {name} bias is {tuple(bias.shape)} in {bias.dtype}, not ({size},) in {self.dtype}"
                 )
         capsule = _C.expert(
-            self._number,
+            self.number,
             up.capsule,
             down.capsule,
             None if up_bias is None else up_bias.data_ptr(),
@@ -153,7 +154,7 @@ class ExpertFfn:
         y = torch.empty_like(hidden)
         _C.ffn_token(
             self.arguments,
-            self._number,
+            self.number,
             self.hidden,
             self.width,
             hidden.data_ptr(),
@@ -197,7 +198,7 @@ class ExpertFfn:
         ]
         return (
             self.arguments,
-            self._number,
+            self.number,
             self.hidden,
             self.width,
             hidden.data_ptr(),

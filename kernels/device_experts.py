@@ -61,7 +61,7 @@ def device_experts(
         ids, weights: [T, K], int32 or int64, and one of those.
         slot_of: int32 [E] on the device, the slot of each expert or -1.
         counts: from `router_topk` for these ids and weights.
-        out: [T, D] in the dtype of `hidden`, written to if given.
+        out: [T, D] in the dtype of `hidden`, written to if given; where `is_few`, fp32 too, which is not rounded.
 
     Returns:
         [T, D] in the dtype of `hidden`, new memory or `out`; 0 where nothing of a token is in the bank.
@@ -73,7 +73,7 @@ def device_experts(
     step = check_step(bank, hidden, ids, weights, slot_of, bank.hidden)
     if not is_few(step.tokens, step.picks, step.experts):
         return grouped_experts(bank, hidden, ids, weights, slot_of, counts=counts, out=out)
-    out = output(out, (step.tokens, bank.hidden), (hidden.dtype,), bank.device)
+    out = output(out, (step.tokens, bank.hidden), (hidden.dtype, torch.float32), bank.device)
     h = decode_gate_up(bank, hidden, ids, weights, slot_of)
     return decode_down(bank, h, ids, weights, slot_of, out=out)
 

@@ -14,12 +14,14 @@ from moert.kernels.planning import (
     Plan,
     Reach,
     Residents,
+    Split,
     event_experts,
     is_void,
     move_in,
     new_plan,
     new_residents,
     plan_arguments,
+    those_that_come,
 )
 
 PASSING = 8
@@ -93,6 +95,10 @@ def _kernel(
     out_victims_ptr: tl.tensor,
     out_count_ptr: tl.tensor,
     out_rounds_ptr: tl.tensor,
+    fetch_of_ptr: tl.tensor,
+    left_ptr: tl.tensor,
+    out_on_cpu_ptr: tl.tensor,
+    out_on_cpu_count_ptr: tl.tensor,
     count: tl.tensor,
     experts: tl.tensor,
     slots: tl.tensor,
@@ -118,7 +124,6 @@ def _kernel(
     misses = tl.sum(missed.to(tl.int32), axis=0)
     tl.store(counters_ptr, counted)
     tl.store(counters_ptr + 2, tl.load(counters_ptr + 2) + misses)
-    tl.store(out_count_ptr, misses)
     # An event without experts is none, for the policy too.
     if size > 0:
         scores = tl.load(scores_ptr + e, mask=e < experts, other=0.0) * tl.load(rates_ptr)
@@ -129,6 +134,14 @@ def _kernel(
         tl.store(last_uses_ptr + e, uses + tl.cumsum(wanted.to(tl.int32), axis=0), mask=wanted)
         tl.store(counters_ptr + 1, uses + size)
     tl.debug_barrier()  # both are read again, by slot
+    come = misses
+    if fetch_of_ptr is not None:
+        worth = tl.load(scores_ptr + e, mask=missed, other=0.0)
+        missed = those_that_come(
+            missed, misses, worth, fetch_of_ptr, left_ptr, out_on_cpu_ptr, out_on_cpu_count_ptr, BLOCK_E
+        )
+        come = tl.sum(missed.to(tl.int32), axis=0)
+    tl.store(out_count_ptr, come)
     s = tl.arange(0, BLOCK_S)
     owner = tl.load(owner_ptr + s, mask=s < slots, other=-1)
     owned = owner >= 0
@@ -145,7 +158,7 @@ def _kernel(
     # Free slots score less than anything, the lowest first.
     last_use = tl.where(owned, last_use, s.to(tl.int64))
     expert = -1
-    for place in range(misses):
+    for place in range(come):
         if out_rounds_ptr is not None:
             score = tl.where(locked, float("inf"), own_score)
             if tl.min(score, axis=0) == float("inf"):
@@ -180,7 +193,14 @@ def _kernel(
         )
 
 
-def plan_ema(state: EmaState, ids: torch.Tensor, *, passing: bool = False, reach: Reach | None = None) -> Plan:
+def plan_ema(
+    state: EmaState,
+    ids: torch.Tensor,
+    *,
+    passing: bool = False,
+    reach: Reach | None = None,
+    split: Split | None = None,
+) -> Plan:
     """Take an event, and give its misses the slots of those that lately were in the fewest events.
 
     Step for step what `moert.policies.ema.EMA` decides for one layer's cache when `moert.turnover` drives it; of equal
@@ -196,26 +216,32 @@ def plan_ema(state: EmaState, ids: torch.Tensor, *, passing: bool = False, reach
         ids: [T, K] int32 or int64; numbers outside 0 to E - 1 are no experts.
         passing: the event may have more experts than there are slots; see `Plan.rounds`.
         reach: which experts can be copied, of a pass that may be void; None: all.
+        split: some misses are left to the CPU: those of the lowest scores. They get no slot, nobody leaves for them,
+            and they count as every use; None: all come.
 
     Returns:
         New memory.
 
     Raises:
         ValueError: ids of the wrong dtype, layout or device, or, unless `passing`, so many that they could be of more
-            experts than there are slots. Nothing is changed.
+            experts than there are slots; a split of other numbers of ids. Nothing is changed.
         KernelUnavailableError: the device cannot run it.
     """
-    launch, plan = _launch(state, ids, passing, reach)
+    launch, plan = _launch(state, ids, passing, reach, split)
     launch.run(ids.device)
     return plan
 
 
 def _launch(
-    state: EmaState, ids: torch.Tensor, passing: bool = False, reach: Reach | None = None
+    state: EmaState,
+    ids: torch.Tensor,
+    passing: bool = False,
+    reach: Reach | None = None,
+    split: Split | None = None,
 ) -> tuple[Launch, Plan]:
-    plan = new_plan(state.residents, ids, passing)
+    plan = new_plan(state.residents, ids, passing, split)
     arguments = {
-        **plan_arguments(state.residents, plan, ids, reach),
+        **plan_arguments(state.residents, plan, ids, reach, split),
         "scores_ptr": state.scores,
         "bursts_ptr": state.bursts,
         "last_uses_ptr": state.last_uses,
@@ -230,6 +256,7 @@ def compile_specs(capability: int) -> list[CompileSpec]:
     ids = torch.empty(8, 8, dtype=torch.int64, device="meta")
     rows, log = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((96,), (64, 64)))
     reach = Reach(*(torch.empty(n, dtype=of, device="meta") for n, of in ((128, torch.int64), (1, torch.int32))))
+    split = Split(*(torch.empty(n, dtype=dtype, device="meta") for n, dtype in ((65, torch.int32), (1, torch.int64))))
     return [
         CompileSpec(
             f"plan_ema[{experts},{slots}{',passing' * passing}]",
@@ -237,6 +264,8 @@ def compile_specs(capability: int) -> list[CompileSpec]:
         )
         for experts, slots, passing in ((128, 96, False), (512, 512, False), (128, 96, True))
     ] + [
-        CompileSpec(f"plan_ema[128,96,{name}]", _launch(new_ema(128, 96, "meta", rows=rows, log=log), ids, reach=of)[0])
-        for name, of in (("rows", None), ("rows,reach", reach))
+        CompileSpec(
+            f"plan_ema[128,96,{name}]", _launch(new_ema(128, 96, "meta", rows=rows, log=log), ids, False, *of)[0]
+        )
+        for name, of in (("rows", ()), ("rows,reach", (reach,)), ("split", (None, split)))
     ]

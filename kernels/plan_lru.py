@@ -13,6 +13,7 @@ from moert.kernels.planning import (
     Plan,
     Reach,
     Residents,
+    Split,
     event_experts,
     is_void,
     move_in,
@@ -20,6 +21,7 @@ from moert.kernels.planning import (
     new_residents,
     plan_arguments,
     row_of,
+    those_that_come,
 )
 
 
@@ -71,6 +73,10 @@ def _kernel(
     out_victims_ptr: tl.tensor,
     out_count_ptr: tl.tensor,
     out_rounds_ptr: tl.tensor,
+    fetch_of_ptr: tl.tensor,
+    left_ptr: tl.tensor,
+    out_on_cpu_ptr: tl.tensor,
+    out_on_cpu_count_ptr: tl.tensor,
     count: tl.tensor,
     experts: tl.tensor,
     slots: tl.tensor,
@@ -97,7 +103,14 @@ def _kernel(
     tl.store(counters_ptr, counted)
     tl.store(counters_ptr + 1, uses + hits + misses)
     tl.store(counters_ptr + 2, tl.load(counters_ptr + 2) + misses)
-    tl.store(out_count_ptr, misses)
+    come = misses
+    if fetch_of_ptr is not None:
+        worth = tl.zeros((BLOCK_E,), tl.float32)
+        missed = those_that_come(
+            missed, misses, worth, fetch_of_ptr, left_ptr, out_on_cpu_ptr, out_on_cpu_count_ptr, BLOCK_E
+        )
+        come = tl.sum(missed.to(tl.int32), axis=0)
+    tl.store(out_count_ptr, come)
     rank = tl.cumsum(hit.to(tl.int32), axis=0) - 1
     tl.store(stamps_ptr + slot_of, uses + rank, mask=hit)
     tl.debug_barrier()  # stamps are read again, by slot
@@ -113,7 +126,7 @@ def _kernel(
     age = tl.where(owner < 0, s.to(tl.int64) - (1 << 62), age)
     age = tl.where(s < slots, age, (1 << 62))
     expert = -1
-    for place in range(misses):
+    for place in range(come):
         slot = tl.argmin(age, axis=0).to(tl.int32)
         victim = tl.sum(tl.where(s == slot, owner, 0), axis=0)
         expert = tl.min(tl.where(missed & (e > expert), e, BLOCK_E), axis=0)
@@ -137,7 +150,14 @@ def _kernel(
         )
 
 
-def plan_lru(state: LruState, ids: torch.Tensor, *, passing: bool = False, reach: Reach | None = None) -> Plan:
+def plan_lru(
+    state: LruState,
+    ids: torch.Tensor,
+    *,
+    passing: bool = False,
+    reach: Reach | None = None,
+    split: Split | None = None,
+) -> Plan:
     """Take an event, and give its misses the slots of those whose last event is longest ago.
 
     Step for step what `moert.policies.lru.LRU` decides when `moert.turnover` drives it: every expert counts once an
@@ -151,25 +171,31 @@ def plan_lru(state: LruState, ids: torch.Tensor, *, passing: bool = False, reach
         ids: [T, K] int32 or int64; numbers outside 0 to E - 1 are no experts.
         passing: the event may have more experts than there are slots; see `Plan.rounds`.
         reach: which experts can be copied, of a pass that may be void; None: all.
+        split: some misses are left to the CPU: those of the higher ids. They get no slot, nobody leaves for them,
+            and they count as every use in the log; None: all come.
 
     Returns:
         New memory.
 
     Raises:
         ValueError: ids of the wrong dtype, layout or device, or, unless `passing`, so many that they could be of more
-            experts than there are slots. Nothing is changed.
+            experts than there are slots; a split of other numbers of ids. Nothing is changed.
         KernelUnavailableError: the device cannot run it.
     """
-    launch, plan = _launch(state, ids, passing, reach)
+    launch, plan = _launch(state, ids, passing, reach, split)
     launch.run(ids.device)
     return plan
 
 
 def _launch(
-    state: LruState, ids: torch.Tensor, passing: bool = False, reach: Reach | None = None
+    state: LruState,
+    ids: torch.Tensor,
+    passing: bool = False,
+    reach: Reach | None = None,
+    split: Split | None = None,
 ) -> tuple[Launch, Plan]:
-    plan = new_plan(state.residents, ids, passing)
-    arguments = {**plan_arguments(state.residents, plan, ids, reach), "stamps_ptr": state.stamps}
+    plan = new_plan(state.residents, ids, passing, split)
+    arguments = {**plan_arguments(state.residents, plan, ids, reach, split), "stamps_ptr": state.stamps}
     return Launch(_kernel, (1,), arguments, {"num_warps": 4 if state.residents.slots <= 1024 else 8}), plan
 
 
@@ -178,6 +204,7 @@ def compile_specs(capability: int) -> list[CompileSpec]:
     ids = torch.empty(8, 8, dtype=torch.int64, device="meta")
     rows, log = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((96,), (64, 64)))
     reach = Reach(*(torch.empty(n, dtype=of, device="meta") for n, of in ((128, torch.int64), (1, torch.int32))))
+    split = Split(*(torch.empty(n, dtype=dtype, device="meta") for n, dtype in ((65, torch.int32), (1, torch.int64))))
     return [
         CompileSpec(
             f"plan_lru[{experts},{slots}{',passing' * passing}]",
@@ -185,6 +212,6 @@ def compile_specs(capability: int) -> list[CompileSpec]:
         )
         for experts, slots, passing in ((128, 96, False), (8192, 4096, False), (128, 96, True))
     ] + [
-        CompileSpec(f"plan_lru[128,96,{name}]", _launch(new_lru(128, 96, "meta", rows, log, 512), ids, reach=of)[0])
-        for name, of in (("rows", None), ("rows,reach", reach))
+        CompileSpec(f"plan_lru[128,96,{name}]", _launch(new_lru(128, 96, "meta", rows, log, 512), ids, False, *of)[0])
+        for name, of in (("rows", ()), ("rows,reach", (reach,)), ("split", (None, split)))
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -40,6 +40,16 @@ class Residents:
 
 
 @dataclass(frozen=True, eq=False)
+class Split:
+    """How many of an event's misses come, where the CPU computes the others; on the device."""
+
+    fetch_of: torch.Tensor
+    """int32 [R + 1]: of as many misses, so many come; R as in `Residents.log`. Below 0 is none, above that all."""
+    left: torch.Tensor
+    """int64 [1]: experts that were left to the CPU so far."""
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What an event's misses change; on the device. Entries from `count` on are not set.
 
@@ -59,6 +69,10 @@ class Plan:
     rounds: torch.Tensor | None = None
     """int32 [M], the round of each; within one no slot comes up twice, and none is of an expert that is still to be
     computed. None: all are of round 0."""
+    on_cpu: torch.Tensor | None = None
+    """int32 [M], the misses that do not come, ascending; None: all do."""
+    on_cpu_count: torch.Tensor | None = None
+    """int32 [1]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +125,12 @@ MOST = 8192
 """Experts and slots that one program can plan for."""
 
 
-def new_plan(residents: Residents, ids: torch.Tensor, passing: bool) -> Plan:
+def new_plan(residents: Residents, ids: torch.Tensor, passing: bool, split: Split | None = None) -> Plan:
     """Room for the misses of an event, once its ids are checked; with rounds if `passing`.
 
     Raises:
-        ValueError: ids of the wrong dtype, layout or device, not as many as the log takes, or of more experts than
-            there are slots, perhaps, and not `passing`.
+        ValueError: ids of the wrong dtype, layout or device, not as many as the log or the split takes, or of more
+            experts than there are slots, perhaps, and not `passing`; a split of an event that passes.
     """
     check_tensor("ids", ids, 2, (torch.int32, torch.int64), residents.slot_of.device)
     if residents.log is not None and ids.numel() != residents.log.shape[1]:
@@ -132,7 +146,17 @@ def new_plan(residents: Residents, ids: torch.Tensor, passing: bool) -> Plan:
         return torch.empty(size, dtype=torch.int32, device=ids.device)
 
     most = max(1, most)
-    return Plan(new(most), new(most), new(most), new(1), new(most) if passing else None)
+    plan = Plan(new(most), new(most), new(most), new(1), new(most) if passing else None)
+    if split is None:
+        return plan
+    check_tensor("fetch_of", split.fetch_of, 1, (torch.int32,), ids.device)
+    check_tensor("left", split.left, 1, (torch.int64,), ids.device)
+    if split.fetch_of.numel() != ids.numel() + 1 or passing:
+        raise ValueError(
+            f"fetch_of has {split.fetch_of.numel()} numbers for {ids.numel()} ids: it needs one for each number of "
+            "misses, and an event that passes through the slots cannot be split"
+        )
+    return replace(plan, on_cpu=new(most), on_cpu_count=new(1))
 
 
 def check_reach(reach: Reach, residents: Residents) -> None:
@@ -151,7 +175,7 @@ def check_reach(reach: Reach, residents: Residents) -> None:
 
 
 def plan_arguments(
-    residents: Residents, plan: Plan, ids: torch.Tensor, reach: Reach | None = None
+    residents: Residents, plan: Plan, ids: torch.Tensor, reach: Reach | None, split: Split | None
 ) -> dict[str, object]:
     """What both planners' kernels take."""
     if reach is not None:
@@ -171,6 +195,10 @@ def plan_arguments(
         "out_victims_ptr": plan.victims,
         "out_count_ptr": plan.count,
         "out_rounds_ptr": plan.rounds,
+        "fetch_of_ptr": None if split is None else split.fetch_of,
+        "left_ptr": None if split is None else split.left,
+        "out_on_cpu_ptr": plan.on_cpu,
+        "out_on_cpu_count_ptr": plan.on_cpu_count,
         "count": ids.numel(),
         "experts": residents.experts,
         "slots": residents.slots,
@@ -227,6 +255,31 @@ def event_experts(
     tl.debug_barrier()
     e = tl.arange(0, BLOCK_E)
     return tl.load(marks_ptr + e, mask=e < experts, other=0) == event
+
+
+@triton.jit
+def those_that_come(
+    missed: tl.tensor,
+    misses: tl.tensor,
+    worth: tl.tensor,
+    fetch_of_ptr: tl.tensor,
+    left_ptr: tl.tensor,
+    out_on_cpu_ptr: tl.tensor,
+    out_on_cpu_count_ptr: tl.tensor,
+    BLOCK_E: tl.constexpr,
+) -> tl.tensor:
+    """bool [BLOCK_E], which of the missed come: those of the highest worth, of equal ones the lower ids. The others are
+    written down as the CPU's."""
+    e = tl.arange(0, BLOCK_E)
+    come = tl.minimum(tl.maximum(tl.load(fetch_of_ptr + misses), 0), misses)
+    left = missed
+    for _ in range(come):
+        highest = tl.max(tl.where(left, worth, float("-inf")), axis=0)
+        left = left & (e != tl.min(tl.where(left & (worth == highest), e, BLOCK_E), axis=0))
+    tl.store(out_on_cpu_ptr + tl.cumsum(left.to(tl.int32), axis=0) - 1, e, mask=left)
+    tl.store(out_on_cpu_count_ptr, misses - come)
+    tl.store(left_ptr, tl.load(left_ptr) + (misses - come))
+    return missed & (left == 0)
 
 
 @triton.jit

@@ -123,6 +123,21 @@ def computed_picks(
             yield pick, slots[expert]
 
 
+def message(ids: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """What a message says of experts [N] beside their ids: the router's weights of a token's picks of them, in fp32.
+
+    Args:
+        ids, weights: [1, K]; other picks are not the message's.
+    """
+    picked = experts.unsqueeze(1) == ids
+    return torch.where(picked, weights.float(), 0).sum(1)
+
+
+def collected(sums: torch.Tensor, theirs: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """What two have summed up in fp32, the one and, if it had anything to do, the other: rounded once."""
+    return (sums if theirs is None else sums + theirs).to(dtype)
+
+
 def bank_weight(matrix: BankMatrix, slot: int) -> torch.Tensor:
     """The weight [N, K] of a slot in fp64 on the CPU: what its codes stand for, exactly."""
     codes = matrix.codes[slot].cpu()

@@ -54,7 +54,7 @@ def attach_device(
     cache_bytes: int = 0,
     schedule: str = "exact",
     guarded: bool = True,
-    planned: bool | None = None,
+    planned: bool | str | None = None,
     **options: Any,
 ) -> DeviceTier:
     """Have `runtime` run its steps over `device`, which it owns and closes from then on, also if this fails.
@@ -65,8 +65,8 @@ def attach_device(
         dense_bytes, cache_bytes: see `Share`.
         schedule: the scheduler's name.
         guarded: leave it for a pure way where that is seen to be faster.
-        planned: have the device run passes of one token by itself, where it can; None: where that is seen to be faster,
-            which needs `guarded`.
+        planned: have the device run passes of one token by itself, where it can, or, with "planned_hybrid", with a
+            share for the CPU; None: where that is seen to be faster, which needs `guarded`.
         **options: of `build_tier`.
 
     Raises:
@@ -96,7 +96,7 @@ def build_tier(
     promoting: bool = True,
     costs: Costs | None = None,
     triton: bool | None = None,
-    planned: bool | None = None,
+    planned: bool | str | None = None,
     max_bytes: int | None = None,
     lead: PinnedHost | None = None,
 ) -> DeviceTier:
@@ -109,7 +109,7 @@ def build_tier(
         promoting: bring experts up over the idle link.
         costs: see `DeviceTier`.
         triton: have the Triton kernels compute what they can; None: on a GPU.
-        planned: False: the device runs no pass by itself.
+        planned: see `DeviceTier`.
         lead: see `SharedPinning`.
 
     Raises:

@@ -15,16 +15,17 @@ from moert.runtime.compute import Compute, Scratch, add_weighted
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_kernels import LayerKernels, RowByRow
 from moert.runtime.device_tier import DeviceTier
-from moert.runtime.device_ways import PLANNED, Ways
+from moert.runtime.device_ways import BY_ITSELF, HYBRID, PLANNED, Ways
 from moert.runtime.layer import Weights
 from moert.runtime.routing import group_by_expert
 from moert.runtime.runtime import OffloadRuntime
 from moert.runtime.step import run_step
 from moert.types import ExpertId
 
-STEPS = ((1, "fetch_all"), (40, "fetch_all"), (40, "cpu_all"), (1, PLANNED))
+STEPS = ((1, "fetch_all"), (40, "fetch_all"), (40, "cpu_all"), (1, HYBRID), (1, PLANNED))
 """Tokens, and who computes what is not on the device yet: one token and many have kernels of their own, what the CPU
-computes is added on the device, and single tokens may be the device's alone."""
+computes is added on the device, and single tokens may be the device's alone, but for what it leaves to the CPU: all
+that is missing, here."""
 
 FUSED_ROUNDINGS, OWN_ROUNDINGS = 2, 5
 """How often one side rounds to the model's dtype, at most: what goes into the down product, and the result; in the
@@ -110,16 +111,20 @@ def _check_layer(
     width, inner = (width, width) if spec.fused is None else (spec.fused.ffn.hidden, spec.fused.ffn.width)
     rounding = tolerance(dtype, roundings, (width, inner))
     for tokens, schedule in STEPS:
-        allowed = rounding + (INT8_SHARE if is_coarse and schedule == "cpu_all" else 0.0)
+        if schedule == HYBRID and tier.planned.sharing is None:
+            continue
+        allowed = rounding + (INT8_SHARE if is_coarse and schedule in ("cpu_all", HYBRID) else 0.0)
         hidden, ids, weights = _inputs(cache, tokens, width, dtype)
-        tier.go_by(Ways("fetch_all" if schedule == PLANNED else schedule, device.now, (), schedule == PLANNED))
+        alone = schedule if schedule in BY_ITSELF else False
+        tier.go_by(Ways("fetch_all" if alone else schedule, device.now, (), alone))
         try:
-            if schedule == PLANNED:
-                tier.begin_planned(lambda: True)
-            found = _on_device(tier, spec.index, compute, hidden, ids, weights)
-            if tier.is_void():
-                continue  # too little is in host memory
-            tier.settle()
+            with _all_left(tier):
+                if alone:
+                    tier.begin_planned(lambda: True)
+                found = _on_device(tier, spec.index, compute, hidden, ids, weights)
+                if tier.is_void():
+                    continue  # too little is in host memory
+                tier.settle()
             tier.transfers.drain()  # the CPU's own step does not ask who is copying
             wanted = (_decoded if is_coded else _on_cpu)(runtime, cache, compute, hidden, ids, weights)
         except (MoertError, PolicyError):
@@ -136,6 +141,19 @@ def _check_layer(
                 f"{dtype}, is off by {float(apart.max()):.2g} of its length, and rounding explains {allowed:.2g}; "
                 "leave device_memory out to run the experts on the CPU, and please report this with `moert doctor`"
             )
+
+
+@contextmanager
+def _all_left(tier: DeviceTier) -> Iterator[None]:
+    """Whatever is left to the CPU by shares is all that is missing."""
+    sharing = tier.planned.sharing
+    if sharing is not None:
+        sharing.forced = lambda top_k: [0] * (top_k + 1)
+    try:
+        yield
+    finally:
+        if sharing is not None:
+            sharing.forced = None
 
 
 def _on_device(
@@ -158,8 +176,11 @@ def _inputs(
     spec = cache.spec
     generator = torch.Generator().manual_seed(0)
     there = [cache.host.has(ExpertId(spec.index, expert)) for expert in range(spec.num_experts)]
-    experts = sorted(range(spec.num_experts), key=lambda expert: not there[expert])[: 2 * spec.top_k]
-    # From the last one on, so that a single token has some of those that are not on the device, if any are not.
+    # A single token has some of those that are not on the device, if any are not.
+    missing = [ExpertId(spec.index, expert) not in cache.residency for expert in range(spec.num_experts)]
+    order = sorted(range(spec.num_experts), key=lambda expert: (not there[expert], tokens == 1 and not missing[expert]))
+    experts = order[: 2 * spec.top_k]
+    # From the last one on, as there may be one that is.
     picks = (torch.arange(tokens).unsqueeze(1) + torch.arange(spec.top_k) - 1) % len(experts)
     weights = torch.rand(tokens, spec.top_k, generator=generator) + 0.5
     hidden = torch.randn(tokens, width, generator=generator).to(dtype)

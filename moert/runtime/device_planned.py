@@ -20,6 +20,7 @@ from moert.runtime.device_kernels import LayerKernels
 from moert.runtime.device_packed import PackedTensors
 from moert.runtime.device_pinning import PinnedHost
 from moert.runtime.device_planners import Planner, Slots, make_planner
+from moert.runtime.device_sharing import Sharing
 from moert.runtime.device_transfers import DeviceTransfers
 from moert.types import ExpertId
 
@@ -90,6 +91,8 @@ class PlannedPasses:
         """Steps of each layer since `enter`."""
         self._asked_before: Counter[int] = Counter()
         """Of those, the ones of passes before the one under way."""
+        self.sharing: Sharing | None = None
+        """The CPU's share of passes that need nothing from disk; None: it has none. Set before the first pass."""
 
     @property
     def is_complete(self) -> bool:
@@ -106,7 +109,10 @@ class PlannedPasses:
             of.host.look()
             if of.table is None:
                 of.table = self._table_of(of)
-        self.is_entered, self.may_miss = True, not self.is_complete
+        self.may_miss = not self.is_complete
+        if self.sharing is not None and not self.may_miss:
+            self.sharing.enter()
+        self.is_entered = True
         self.asked.clear()
         self._transfers.drain()
         for coming in self._transfers.all_coming():
@@ -160,16 +166,25 @@ class PlannedPasses:
         from moert.kernels.planning import Reach
 
         of = self._layers[layer]
-        table = of.table
+        table, sharing = of.table, self.sharing
         assert table is not None
+        if self.may_miss or (sharing is not None and hidden.dtype is not sharing.dtype):
+            sharing = None  # the CPU takes none of these
         # All of an expert's tensors are in host memory, or none.
         reach = Reach(of.addresses[0], self._void) if self.may_miss else None
+        slot_of = of.planner.residents.slot_of
         found: list[torch.Tensor] = []
 
         def work() -> None:
-            plan = of.planner.plan(ids, reach)
-            copy_rows(table, plan.experts, plan.slots, plan.count)
-            out = device_experts(of.kernels.bank, hidden, ids, weights, of.planner.residents.slot_of)
+            if sharing is None:
+                plan = of.planner.plan(ids, reach)
+                copy_rows(table, plan.experts, plan.slots, plan.count)
+                out = device_experts(of.kernels.bank, hidden, ids, weights, slot_of)
+            else:
+                plan = of.planner.plan(ids, split=sharing.split(layer))
+                sharing.post(layer, plan, hidden, ids, weights)
+                copy_rows(table, plan.experts, plan.slots, plan.count)
+                out = sharing.compute(plan, of.kernels, hidden, ids, weights, slot_of)
             found.append(of.kernels.add_identity(hidden, ids, weights, out))
 
         compute = self._device.compute
@@ -177,28 +192,29 @@ class PlannedPasses:
         self._device.join(compute.record())
         return found[0]
 
-    def count(self) -> tuple[int, int]:
+    def count(self) -> tuple[int, int, int]:
         """Bring the layers' statistics up to date; blocks until the device has got there.
 
         Returns:
-            Uses of experts since the last time, and how many of them were misses.
+            Uses of experts since the last time, how many of them were misses, and how many of those the CPU computed.
         """
         self._packed.fetch()
         return self._count()
 
-    def _count(self) -> tuple[int, int]:
-        uses = misses = 0
-        for of in self._layers.values():
+    def _count(self) -> tuple[int, int, int]:
+        uses = misses = on_cpu = 0
+        for index, of in self._layers.items():
             _, now_used, now_missed = self._packed.here(of.planner.residents.counters).tolist()
             used, missed = now_used - of.counted[0], now_missed - of.counted[1]
             of.counted = (now_used, now_missed)
             of.cache.stats.hits += used - missed
             of.cache.stats.misses += missed
-            self._transfers.counts.nbytes += missed * of.cache.expert_bytes
-            uses, misses = uses + used, misses + missed
-        return uses, misses
+            left = 0 if self.sharing is None or self.may_miss else self.sharing.count(index)
+            self._transfers.counts.nbytes += (missed - left) * of.cache.expert_bytes
+            uses, misses, on_cpu = uses + used, misses + missed, on_cpu + left
+        return uses, misses, on_cpu
 
-    def leave(self, *, again: bool = False) -> tuple[int, int]:
+    def leave(self, *, again: bool = False) -> tuple[int, int, int]:
         """Have the host's books say what the device has made of it; blocks until it has got there.
 
         Args:
@@ -208,7 +224,7 @@ class PlannedPasses:
         Returns:
             As `count`.
         """
-        uses, misses = self.count()
+        uses, misses, on_cpu = self.count()
         for index, of in self._layers.items():
             cache = of.cache
             events = self._events(index, of)
@@ -228,8 +244,8 @@ class PlannedPasses:
                     cache.bank.give_back(row)
                 elif owner != before:  # else its bytes are the same, whoever has been there meanwhile
                     cache.bank.take_over(row)
-        self.is_entered = False
-        return uses, misses
+        self._end()
+        return uses, misses, on_cpu
 
     def _events(self, layer: int, of: _Layer) -> list[list[ExpertId]]:
         """The latest, the oldest first."""
@@ -249,12 +265,19 @@ class PlannedPasses:
         self._device.synchronize()
         for of in self._layers.values():
             of.cache.take_over({})
+        self._end()
+
+    def _end(self) -> None:
+        if self.sharing is not None:
+            self.sharing.leave()
         self.is_entered = False
 
     def forget_addresses(self) -> None:
         """Host memory has moved, or is going to."""
         for of in self._layers.values():
             of.host.forget()
+        if self.sharing is not None:
+            self.sharing.forget_addresses()
 
 
 def _new_layer(device: Device, cache: DeviceCache, kernels: LayerKernels, pinned: PinnedHost) -> _Layer:

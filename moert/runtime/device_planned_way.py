@@ -8,14 +8,17 @@ from collections.abc import Callable, Sequence
 import torch
 
 from moert.device.base import Device, Graph, OutOfDeviceMemoryError
+from moert.errors import KernelUnavailableError
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_counts import DeviceCounts
 from moert.runtime.device_kernels import LayerKernels
 from moert.runtime.device_pinning import PinnedHost
 from moert.runtime.device_planned import PlannedPasses
+from moert.runtime.device_sharing import Sharing
 from moert.runtime.device_transfers import DeviceTransfers
-from moert.runtime.device_ways import PLANNED, Ways
+from moert.runtime.device_ways import BY_ITSELF, HYBRID, Ways
 from moert.runtime.layer import LayerSpec
+from moert.schedule import Costs
 
 
 class PlannedWay:
@@ -28,6 +31,8 @@ class PlannedWay:
         self._device: Device | None = None
         self.why_not: str | None = "it was not asked for"
         """Why the device will run no pass by itself; None: it may."""
+        self.why_not_shared: str | None = "it was not asked for"
+        """Why the CPU has no share of such passes; None: it may."""
         self._has_begun = False
         self._is_captured = False
         self._captured: Counter[int] = Counter()
@@ -44,14 +49,33 @@ class PlannedWay:
         kernels: Sequence[LayerKernels],
         pinned: PinnedHost,
         transfers: DeviceTransfers,
+        costs: Callable[[], Costs | None] | None = None,
     ) -> None:
-        """Get ready, if it can be done at all."""
+        """Get ready, if it can be done at all.
+
+        Args:
+            costs: of an expert, as far as they are known, by which the CPU gets a share; None: it gets none.
+        """
         try:
             self._passes = PlannedPasses(device, caches, kernels, pinned, transfers)
         except (ValueError, ImportError) as error:
             self._never(str(error))
             return
         self._device, self.why_not = device, None
+        if costs is not None:
+            try:
+                self._passes.sharing = Sharing(device, caches, costs)
+            except ValueError as error:
+                self.why_not_shared = str(error)
+            else:
+                self.why_not_shared = None
+        if self.sharing is None:
+            self.ways.do_not_share()
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """The CPU's share of such passes; None: it has none."""
+        return None if self._passes is None else self._passes.sharing
 
     def go_by(self, ways: Ways) -> None:
         """Between passes: run them as `ways` says from here on."""
@@ -93,7 +117,7 @@ class PlannedWay:
         may_plan = passes is not None and (not may_miss or can_repeat())
         self.ways.begin(1, may_plan=may_plan, may_miss=may_miss)
         self._has_begun = True
-        if passes is None or self.ways.way != PLANNED:
+        if passes is None or self.ways.way not in BY_ITSELF:
             return False
         if not self.is_on and not self._enter(charged=charged):
             self.ways.do_not_plan()
@@ -101,6 +125,7 @@ class PlannedWay:
         self._is_tried = passes.may_miss
         if self._is_tried:
             passes.begin_pass()
+        self._begin_share()
         return True
 
     def is_void(self) -> bool:
@@ -124,8 +149,11 @@ class PlannedWay:
             return False
         if self._is_captured:
             return True
-        is_wanted = self.ways.way == PLANNED and ids.shape == (1, spec.top_k)
-        if is_wanted and (self.is_on or (spec.index == 0 and self._passes.is_complete and self._enter())):
+        is_wanted = self.ways.way in BY_ITSELF and ids.shape == (1, spec.top_k)
+        begins = spec.index == 0 and self._passes.is_complete
+        if is_wanted and (self.is_on or (begins and self._enter())):
+            if begins:
+                self._begin_share()
             return True
         self.settle()
         self.ways.do_not_plan()
@@ -142,6 +170,25 @@ class PlannedWay:
         if not charged:
             self.ways.forget()
         return True
+
+    def _begin_share(self) -> None:
+        if self.sharing is not None and not self.may_miss:
+            self._check_share()
+            self.sharing.begin(self.ways.way == HYBRID)
+
+    def _check_share(self) -> None:
+        """
+        Raises:
+            KernelUnavailableError: the CPU has not given its share of a pass.
+        """
+        if self.sharing is None:
+            return
+        try:
+            self.sharing.check()
+        except KernelUnavailableError as error:
+            self.why_not_shared = str(error)
+            self.ways.do_not_share()
+            raise
 
     def _never(self, why_not: str) -> None:
         self._passes, self.why_not = None, why_not
@@ -166,12 +213,14 @@ class PlannedWay:
     def _count_steps(self, layers: Sequence[int]) -> None:
         assert self._passes is not None
         self._passes.asked.update(layers)
-        self.counts.ways[PLANNED] = self.counts.ways.get(PLANNED, 0) + len(layers)
+        way = self.ways.way
+        self.counts.ways[way] = self.counts.ways.get(way, 0) + len(layers)
 
     def capture(self, work: Callable[[], object]) -> Graph:
         """Make a graph of a pass that is run here; its steps count when it is replayed."""
         assert self._device is not None and self.is_on
         self.ways.forget()  # this takes longer than a pass
+        self._begin_share()
         self._is_captured = True
         self._captured.clear()
         try:
@@ -188,21 +237,24 @@ class PlannedWay:
     def count(self) -> None:
         """Bring all counts up to date; blocks until the device has got there."""
         if self._passes is not None and self._passes.is_entered:
-            uses, misses = self._passes.count()
-            self.counts.on_device += uses
-            self.counts.fetched += misses
+            self._add(*self._passes.count())
+            self._check_share()
+
+    def _add(self, uses: int, misses: int, on_cpu: int) -> None:
+        self.counts.on_device += uses - on_cpu
+        self.counts.fetched += misses - on_cpu
+        self.counts.on_cpu += on_cpu
 
     def settle(self) -> None:
         """Have the host know everything that there is to know; blocks until the device has got there."""
         if self.is_on:
             self._leave()
             self.ways.forget()
+            self._check_share()
 
     def _leave(self, *, again: bool = False) -> None:
         assert self._passes is not None
-        uses, misses = self._passes.leave(again=again)
-        self.counts.on_device += uses
-        self.counts.fetched += misses
+        self._add(*self._passes.leave(again=again))
 
     def forget_addresses(self) -> None:
         """Host memory has moved, or is going to."""
@@ -215,6 +267,11 @@ class PlannedWay:
         self.forget_addresses()
         if self._passes is not None and self._passes.is_entered:
             self._passes.abandon()
+
+    def close(self) -> None:
+        """The device does nothing any more. Idempotent."""
+        if self.sharing is not None:
+            self.sharing.close()
 
 
 class _CountedGraph(Graph):

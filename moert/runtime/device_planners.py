@@ -14,7 +14,7 @@ from moert.policies.lru import LRU
 from moert.types import ExpertId
 
 if TYPE_CHECKING:
-    from moert.kernels.planning import Plan, Reach, Residents
+    from moert.kernels.planning import Plan, Reach, Residents, Split
 
 
 Copy = tuple[torch.Tensor, torch.Tensor]
@@ -46,8 +46,9 @@ class Planner(ABC):
         """All that the kernel knows, on the device; each is its own memory, until somebody packs them."""
 
     @abstractmethod
-    def plan(self, ids: torch.Tensor, reach: Reach | None = None) -> Plan:
-        """Take an event's ids, on the device; see `Plan` and `Reach` of `moert.kernels.planning`. Waits for nothing."""
+    def plan(self, ids: torch.Tensor, reach: Reach | None = None, split: Split | None = None) -> Plan:
+        """Take an event's ids, on the device; see `Plan`, `Reach` and `Split` of `moert.kernels.planning`. Waits for
+        nothing."""
 
     @abstractmethod
     def begin(self, policy: Policy, residents: Mapping[ExpertId, int], free_rows: Sequence[int]) -> list[Copy]:
@@ -85,10 +86,10 @@ class EmaPlanner(Planner):
     def tensors(self) -> list[torch.Tensor]:
         return _tensors_of(self.residents, self._state)
 
-    def plan(self, ids: torch.Tensor, reach: Reach | None = None) -> Plan:
+    def plan(self, ids: torch.Tensor, reach: Reach | None = None, split: Split | None = None) -> Plan:
         from moert.kernels.plan_ema import plan_ema
 
-        return plan_ema(self._state, ids, reach=reach)
+        return plan_ema(self._state, ids, reach=reach, split=split)
 
     def begin(self, policy: Policy, residents: Mapping[ExpertId, int], free_rows: Sequence[int]) -> list[Copy]:
         assert isinstance(policy, EMA)
@@ -115,10 +116,10 @@ class LruPlanner(Planner):
     def tensors(self) -> list[torch.Tensor]:
         return _tensors_of(self.residents, self._state)
 
-    def plan(self, ids: torch.Tensor, reach: Reach | None = None) -> Plan:
+    def plan(self, ids: torch.Tensor, reach: Reach | None = None, split: Split | None = None) -> Plan:
         from moert.kernels.plan_lru import plan_lru
 
-        return plan_lru(self._state, ids, reach=reach)
+        return plan_lru(self._state, ids, reach=reach, split=split)
 
     def begin(self, policy: Policy, residents: Mapping[ExpertId, int], free_rows: Sequence[int]) -> list[Copy]:
         stamps = torch.zeros_like(self._state.stamps, device="cpu")

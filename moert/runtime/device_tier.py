@@ -46,13 +46,14 @@ class DeviceTier:
         promoting: bool = True,
         costs: Costs | None = None,
         max_bytes: int | None = None,
-        planned: bool | None = None,
+        planned: bool | str | None = None,
         debug: bool = False,
         pinned: PinnedHost | None = None,
     ) -> None:
         """
         Args:
-            planned: False: the device runs no pass by itself, whatever `ways` would like.
+            planned: False: the device runs no pass by itself, whatever `ways` would like; True: none with a share for
+                the CPU.
             caches: of the layers that the device has; `kernels` are theirs.
             pipeline: from disk to host memory; `reads` says whether anything is there.
             costs: of one expert, for the scheduler; None: they are measured in the first step.
@@ -82,7 +83,14 @@ class DeviceTier:
         self.planned = PlannedWay(self.ways, self.counts)
         """Passes that the device runs by itself."""
         if planned is not False:
-            self.planned.make(device, tuple(self.caches), tuple(self._kernels), self.pinned, self.transfers)
+            self.planned.make(
+                device,
+                tuple(self.caches),
+                tuple(self._kernels),
+                self.pinned,
+                self.transfers,
+                None if planned is True else lambda: self.hosted.costs,
+            )
 
     def go_by(self, ways: Ways) -> None:
         """Run passes as `ways` says from here on; between passes."""
@@ -257,6 +265,7 @@ class DeviceTier:
     def close(self) -> None:
         """Wait for what is under way, and give everything back; a lost device gives back what it can. Idempotent."""
         self.device.close()
+        self.planned.close()
         self.pinned.close()
         self._machinery.mailbox.close()
         self._table.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from moert.errors import ConfigError
 from moert.schedule import Guard, Scheduler, make_scheduler
 
 PURE = ("cpu_all", "fetch_all")
@@ -11,6 +12,11 @@ PURE = ("cpu_all", "fetch_all")
 
 PLANNED = "planned"
 """Passes of one token that the device runs by itself; see `PlannedPasses`. It is no scheduler: it asks none."""
+
+HYBRID = "planned_hybrid"
+"""The same with a share of what is missing for the CPU; see `Sharing`."""
+
+BY_ITSELF = (PLANNED, HYBRID)
 
 _PROMPT, _TOKEN = "prompt", "token"
 """Passes that the host decides about: of several tokens, and of one."""
@@ -30,15 +36,18 @@ class Ways:
         preferred: str,
         clock: Callable[[], float],
         pure: Sequence[str] = PURE,
-        planned: bool | None = None,
+        planned: bool | str | None = None,
     ) -> None:
         """
         Args:
-            planned: whether single tokens go by `PLANNED`; None: if they are seen to be faster so.
+            planned: whether single tokens go by `PLANNED`, or by `HYBRID`, which is said by its name; None: if they are
+                seen to be faster so.
 
         Raises:
-            ConfigError: there is no such scheduler.
+            ConfigError: there is no such scheduler, or no such way.
         """
+        if isinstance(planned, str) and planned not in BY_ITSELF:
+            raise ConfigError(f"planned={planned!r} is no way that a device runs by itself: {', '.join(BY_ITSELF)}")
         names = list(dict.fromkeys([preferred, *pure]))
         self._schedulers: dict[str, Scheduler] = {name: make_scheduler(name) for name in names}
         self._preferred = preferred
@@ -48,8 +57,9 @@ class Ways:
             self._guards = {_PROMPT: Guard(names), _TOKEN: Guard(names)}
             if planned is None:
                 alone = [*names, PLANNED]
-                self._guards |= {_EVEN: Guard(alone), _UNEVEN: Guard(alone, uneven=(PLANNED,))}
-        self._always_planned = bool(planned)
+                self._guards |= {_EVEN: Guard([*alone, HYBRID]), _UNEVEN: Guard(alone, uneven=(PLANNED,))}
+        self._alone = [*names, PLANNED]
+        self._always = planned if isinstance(planned, str) else PLANNED if planned else None
         self._last: tuple[int, str, float] | None = None
         self._now = preferred
 
@@ -77,8 +87,8 @@ class Ways:
         """
         if not tokens:
             return
-        if tokens == 1 and self._always_planned and may_plan:
-            self._now = PLANNED
+        if tokens == 1 and self._always is not None and may_plan:
+            self._now = PLANNED if may_miss else self._always
             self.forget()
             return
         kind = _PROMPT if tokens > 1 else _TOKEN if not may_plan else _UNEVEN if may_miss else _EVEN
@@ -96,20 +106,30 @@ class Ways:
         self._now = guard.way
 
     def do_not_plan(self, *, ever: bool = False) -> None:
-        """`PLANNED` is not to be had for this pass, or, with `ever`, for any from here on."""
+        """The device can run nothing by itself for this pass, or, with `ever`, for any from here on."""
         if ever:
-            self._always_planned = False
+            self._always = None
             self._guards.pop(_EVEN, None)
             self._guards.pop(_UNEVEN, None)
-        if ever or self._now == PLANNED:
+        if ever or self._now in BY_ITSELF:
             self.forget()
         self.go_on()
 
     def go_on(self) -> None:
         """What is left of the pass, or what of it has to be done again, is the host's. It is still the same pass, and
         all the time that it takes is that of the way it began with."""
-        if self._now == PLANNED:
+        if self._now in BY_ITSELF:
             self._now = self._preferred
+
+    def do_not_share(self) -> None:
+        """The CPU can have no share of what the device runs by itself, from here on."""
+        if self._now == HYBRID:
+            self._now = PLANNED
+        if self._always == HYBRID:
+            self._always = PLANNED
+        if _EVEN in self._guards:
+            self._guards[_EVEN] = Guard(self._alone)
+        self.forget()
 
     def forget(self) -> None:
         """The pass under way will not be comparable with others."""
