@@ -150,6 +150,7 @@ class Sample:
     dtype: torch.dtype
     """Of the activations."""
     needs: tuple[str, ...]
+    lacks: tuple[str, ...]
 
 
 def samples(kernel: str, matrix: BankMatrix, capability: int) -> Iterator[Sample]:
@@ -162,10 +163,13 @@ def samples(kernel: str, matrix: BankMatrix, capability: int) -> Iterator[Sample
                 continue
             config = grouped_config(kernel, matrix, block_m, dtype, capability)
             needs: tuple[str, ...] = ()
-            if dtype != torch.float32:
+            lacks: tuple[str, ...] = ("atomic",)
+            if dtype == torch.float32:
+                lacks += ("mma", "wgmma")  # which would round to 10 bits
+            else:
                 wide = capability == 90 and (config.swapped or block_m >= 64)
                 needs = ("load128", "wgmma") if wide else ("load128", "mma")
-            yield Sample(f"{block_m}{',fp32' if dtype == torch.float32 else ''}", block_m, config, dtype, needs)
+            yield Sample(f"{block_m}{',fp32' if dtype == torch.float32 else ''}", block_m, config, dtype, needs, lacks)
 
 
 def sample_blocks(block_m: int) -> Blocks:

@@ -78,7 +78,7 @@ def test_what_is_wrong_with_a_kernel_is_said(tmp_path: Path) -> None:
     assert "no wgmma|tcgen05" in wrong["instruction"]
     assert "no load128" in wrong["unaligned"]
     assert "undefined" in wrong["wrong"]
-    assert wrong["atomics"] == "atomics in memory that all share"
+    assert wrong["atomics"] == "atomic in it"
 
 
 @pytest.mark.usefixtures("bench_on_path")
