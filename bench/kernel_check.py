@@ -7,8 +7,9 @@
 
 No driver is needed: triton comes with the assemblers. Every module of `moert.kernels` with `compile_specs` takes part.
 A kernel fails if it does not compile, spills registers, needs more shared memory or registers than a block may have,
-lacks an instruction it should have, or grew by more than a tenth over the committed baseline. Exit code 1 then. Sizes
-of another triton than the baseline's are not held against it; the last line says how many were.
+lacks an instruction it should have, has one it should not have (to add to memory atomically, say), or grew by more than
+a tenth over the committed baseline. Exit code 1 then. Sizes of another triton than the baseline's are not held against
+it; the last line says how many were.
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ def check(name: str, capability: int) -> dict[str, Any]:
     if registers * threads > REGISTERS:
         wrong.append(f"{registers} registers for each of {threads} threads, a block may have {REGISTERS}")
     wrong.extend(f"no {need}" for need in spec.needs if not has.intersection(need.split("|")))
+    wrong.extend(f"{lack} in it" for lack in spec.lacks if lack in has)
     return {
         **result,
         "registers": registers,

@@ -55,6 +55,8 @@ class CompileSpec:
     launch: Launch
     needs: tuple[str, ...] = ()
     """Names of instructions in bench/kernel_check.py that must be in it; of "a|b", one of the two."""
+    lacks: tuple[str, ...] = ("atomic",)
+    """Those that must not be in it. Atomic sums would be in any order, and so of any bits."""
 
 
 def is_interpreted(kernel: Any) -> bool:

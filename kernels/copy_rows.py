@@ -23,7 +23,10 @@ SCATTERED_ALIGNMENT = 8
 
 @dataclass(frozen=True, eq=False)
 class RowTable:
-    """Where rows are and go, on the device; made by `row_table` or `scattered_table`. Keeps the tensors alive."""
+    """Where rows are and go, on the device; made by `row_table` or `scattered_table`.
+
+    Keeps the tensors alive, but for rows that lie anywhere: those are whoever's that has them.
+    """
 
     numbers: torch.Tensor
     """int64 [P, 7]: source and destination address, bytes from one row to the next in either, bytes of a row, rows in

@@ -14,7 +14,7 @@ import torch
 from moert.kernels._launch import power_of_2_from
 from moert.kernels.bank import PACKED, BankMatrix
 from moert.kernels.configs import Origin
-from moert.kernels.dispatch import Blocks, most_blocks
+from moert.kernels.dispatch import Blocks, check_tensor, most_blocks
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,17 @@ def check_blocks(blocks: Blocks, experts: tuple[int, int] | None, device: torch.
     """The places in the dispatch's order from and up to which a launch works.
 
     Raises:
-        ValueError: the blocks are on another device, or have no such places.
+        ValueError: the blocks' tensors are of another dtype, layout, device or length than `dispatch` makes them, or
+            there are no such places.
     """
-    if blocks.picks.device != device:
-        raise ValueError(f"the blocks are on {blocks.picks.device}, the bank on {device}")
+    for name in ("picks", "slots", "first"):
+        check_tensor(f"{name} of the blocks", getattr(blocks, name), 1, (torch.int32,), device)
+    count, most = blocks.slots.numel(), blocks.most(blocks.order_length)
+    if blocks.picks.numel() != count * blocks.block_m or count != most:
+        raise ValueError(
+            f"{blocks.picks.numel()} picks in {count} blocks of {blocks.block_m}: {blocks.tokens} tokens with "
+            f"{blocks.top_k} picks of {blocks.order_length} experts ask for {most} blocks"
+        )
     begin, end = (0, blocks.order_length) if experts is None else experts
     if not 0 <= begin <= end <= blocks.order_length:
         raise ValueError(f"experts={experts} must lie in the order of {blocks.order_length}")
@@ -143,6 +150,7 @@ class Sample:
     dtype: torch.dtype
     """Of the activations."""
     needs: tuple[str, ...]
+    lacks: tuple[str, ...]
 
 
 def samples(kernel: str, matrix: BankMatrix, capability: int) -> Iterator[Sample]:
@@ -155,10 +163,13 @@ def samples(kernel: str, matrix: BankMatrix, capability: int) -> Iterator[Sample
                 continue
             config = grouped_config(kernel, matrix, block_m, dtype, capability)
             needs: tuple[str, ...] = ()
-            if dtype != torch.float32:
+            lacks: tuple[str, ...] = ("atomic",)
+            if dtype == torch.float32:
+                lacks += ("mma", "wgmma")  # which would round to 10 bits
+            else:
                 wide = capability == 90 and (config.swapped or block_m >= 64)
                 needs = ("load128", "wgmma") if wide else ("load128", "mma")
-            yield Sample(f"{block_m}{',fp32' if dtype == torch.float32 else ''}", block_m, config, dtype, needs)
+            yield Sample(f"{block_m}{',fp32' if dtype == torch.float32 else ''}", block_m, config, dtype, needs, lacks)
 
 
 def sample_blocks(block_m: int) -> Blocks:

@@ -167,5 +167,5 @@ def compile_specs(capability: int) -> list[CompileSpec]:
             h = torch.empty(blocks.tokens * blocks.top_k, bank.width, dtype=sample.dtype, device="meta")
             weights = torch.empty(blocks.tokens, blocks.top_k, device="meta")
             launch, _ = _launch(bank, h, weights, blocks, config=sample.config)
-            specs.append(CompileSpec(f"grouped_down[{name},{sample.label}]", launch, sample.needs))
+            specs.append(CompileSpec(f"grouped_down[{name},{sample.label}]", launch, sample.needs, sample.lacks))
     return specs

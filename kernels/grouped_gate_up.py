@@ -263,7 +263,7 @@ def compile_specs(capability: int) -> list[CompileSpec]:
             x = torch.empty(blocks.tokens, bank.hidden, dtype=sample.dtype, device="meta")
             launch, _ = _launch(bank, x, blocks, config=sample.config)
             label = f"{name},{sample.label}"
-            specs.append(CompileSpec(f"grouped_gate_up[{label}]", launch, sample.needs))
+            specs.append(CompileSpec(f"grouped_gate_up[{label}]", launch, sample.needs, sample.lacks))
             if label == "bf16,64":
                 ready = torch.empty(bank.slots, dtype=torch.int32, device="meta")
                 arrivals = Arrivals(ready, torch.empty(1, dtype=torch.int32, device="meta"))

@@ -33,6 +33,10 @@ def products(a_ptr, b_ptr, out_ptr, stride, SIZE: tl.constexpr):
 def wrong(a_ptr, b_ptr, out_ptr, stride, SIZE: tl.constexpr):
     tl.store(out_ptr, tl.load(a_ptr) + undefined)
 
+@triton.jit
+def adding(a_ptr, b_ptr, out_ptr, stride, SIZE: tl.constexpr):
+    tl.atomic_add(out_ptr + tl.arange(0, SIZE), tl.load(a_ptr + tl.arange(0, SIZE)).to(tl.float32))
+
 half = torch.empty(1, dtype=torch.float16, device="meta")
 out = torch.empty(1, device="meta")
 
@@ -47,6 +51,7 @@ bad = [
     spec("instruction", needs=("wgmma|tcgen05",)),
     spec("unaligned", stride=4095, needs=("load128",)),
     spec("wrong", kernel=wrong),
+    spec("atomics", kernel=adding),
 ]
 kernel_check.specs = lambda capability: {spec.name: spec for spec in bad}
 print(json.dumps({spec.name: kernel_check.check(spec.name, 86) for spec in bad}))
@@ -73,6 +78,7 @@ def test_what_is_wrong_with_a_kernel_is_said(tmp_path: Path) -> None:
     assert "no wgmma|tcgen05" in wrong["instruction"]
     assert "no load128" in wrong["unaligned"]
     assert "undefined" in wrong["wrong"]
+    assert wrong["atomics"] == "atomic in it"
 
 
 @pytest.mark.usefixtures("bench_on_path")

@@ -18,7 +18,7 @@ from moert.kernels.copy_rows import copy_rows, row_table
 from moert.kernels.decode_down import decode_down
 from moert.kernels.decode_gate_up import decode_gate_up
 from moert.kernels.device_experts import device_experts, grouped_experts
-from moert.kernels.dispatch import Blocks, Counts, dispatch
+from moert.kernels.dispatch import Blocks, Counts, dispatch, most_blocks
 from moert.kernels.gate import Gate
 from moert.kernels.grouped_down import grouped_down
 from moert.kernels.grouped_gate_up import Arrivals, grouped_gate_up
@@ -40,9 +40,13 @@ def bank() -> Bank:
 
 
 def blocks() -> Blocks:
-    most = TOKENS * TOP_K
+    most = most_blocks(TOKENS * TOP_K, EXPERTS, 16)
     lists = zeros(most * 16, dtype=torch.int32), zeros(most, dtype=torch.int32), zeros(EXPERTS + 1, dtype=torch.int32)
     return Blocks(*lists, 16, TOKENS, TOP_K)
+
+
+def of_blocks() -> dict[str, torch.Tensor]:
+    return {name: getattr(blocks(), name) for name in ("picks", "slots", "first")}
 
 
 def step() -> dict[str, torch.Tensor]:
@@ -61,8 +65,8 @@ def _faces() -> dict[str, tuple[Callable[..., Any], dict[str, torch.Tensor]]]:
     ready, epoch = zeros(EXPERTS, dtype=torch.int32), zeros(1, dtype=torch.int32)
     lru, ema = new_lru(EXPERTS, EXPERTS, DEVICE), new_ema(EXPERTS, EXPERTS, DEVICE)
 
-    def after_arrivals(x: torch.Tensor, ready: torch.Tensor, epoch: torch.Tensor, **of_blocks: torch.Tensor) -> Any:
-        return grouped_gate_up(bank(), x, replace(blocks(), **of_blocks), arrivals=Arrivals(ready, epoch))
+    def after_arrivals(x: torch.Tensor, ready: torch.Tensor, epoch: torch.Tensor, **lists: torch.Tensor) -> Any:
+        return grouped_gate_up(bank(), x, replace(blocks(), **lists), arrivals=Arrivals(ready, epoch))
 
     return {
         "decode_gate_up": (lambda **t: decode_gate_up(bank(), **t), {"x": x, **step()}),
@@ -76,10 +80,10 @@ def _faces() -> dict[str, tuple[Callable[..., Any], dict[str, torch.Tensor]]]:
             lambda table, **t: dispatch(**t, slots=EXPERTS, block_m=16, counts=Counts(table, 4)),
             {**step(), "order": zeros(EXPERTS, dtype=torch.int32), "table": zeros(2, EXPERTS, dtype=torch.int32)},
         ),
-        "grouped_gate_up": (after_arrivals, {"x": x, "ready": ready, "epoch": epoch}),
+        "grouped_gate_up": (after_arrivals, {"x": x, "ready": ready, "epoch": epoch, **of_blocks()}),
         "grouped_down": (
-            lambda **t: grouped_down(bank(), **t, blocks=blocks()),
-            {"h": h, "weights": step()["weights"]},
+            lambda h, weights, **t: grouped_down(bank(), h, weights, replace(blocks(), **t)),
+            {"h": h, "weights": step()["weights"], **of_blocks()},
         ),
         "combine": (lambda **t: combine(**t, slots=EXPERTS), {"rows": rows, **step()}),
         "router_topk": (

@@ -270,9 +270,12 @@ def test_every_format_has_a_configuration_on_every_architecture() -> None:
                 assert config.origin in ("compiled", "measured")
 
 
-def _guarded_matrix(matrix: BankMatrix, at_end: bool) -> BankMatrix:
-    parts = {name: getattr(matrix, name) for name in ("codes", "scales", "zeros", "bias")}
-    return replace(matrix, **{name: guarded(part, at_end=at_end) for name, part in parts.items() if part is not None})
+def guarded_bank(bank: Bank, at_end: bool) -> Bank:
+    def matrix(of: BankMatrix) -> BankMatrix:
+        parts = {name: getattr(of, name) for name in ("codes", "scales", "zeros", "bias")}
+        return replace(of, **{name: guarded(part, at_end=at_end) for name, part in parts.items() if part is not None})
+
+    return Bank(matrix(bank.up), matrix(bank.down), bank.gate)
 
 
 def run_between_guards() -> None:
@@ -287,7 +290,7 @@ def run_between_guards() -> None:
     for at_end in (True, False):
         for choice, gate, hidden, width, transposed in ways:
             bank = make_bank(choice, gate, hidden, width, transposed=transposed, bias=torch.float32)
-            bank = Bank(_guarded_matrix(bank.up, at_end), _guarded_matrix(bank.down, at_end), gate)
+            bank = guarded_bank(bank, at_end)
             case = make_case(bank, 1, 3)
             case.ids[0] = torch.tensor([0, 2**40, 2])
             inputs = (guarded(tensor, at_end=at_end) for tensor in (case.x, *case.step))

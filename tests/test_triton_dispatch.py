@@ -84,10 +84,12 @@ def test_residents_come_first_and_then_the_copies_in_their_order() -> None:
     assert arrival_order(slot_of, arriving[:0]).tolist() == [0, 2, 3, 5, 6, 1, 4]
 
 
-def test_numbers_of_an_order_that_are_no_experts() -> None:
+@pytest.mark.parametrize("slots", [5, 3])
+def test_numbers_of_an_order_that_are_no_experts(slots: int) -> None:
+    """With 3 slots the first of them has none either."""
     torch.manual_seed(0)
     order = torch.tensor([3, -1, 0, 9], dtype=torch.int32)
-    check(torch.randint(0, 5, (9, 2)), torch.ones(9, 2), torch.arange(5, dtype=torch.int32), 5, 16, order)
+    check(torch.randint(0, 5, (9, 2)), torch.ones(9, 2), torch.arange(5, dtype=torch.int32), slots, 16, order)
 
 
 def test_counts_that_do_not_fit() -> None:

@@ -118,6 +118,28 @@ def test_against_the_reference(rule: RouterRule, dtype: torch.dtype) -> None:
         assert torch.equal(row, ids[chunk * tokens :][:tokens].flatten().bincount(minlength=21).int())
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # in what fills a block up
+@pytest.mark.parametrize("shift", [-300.0, 300.0])
+@pytest.mark.parametrize("rule", [RouterRule(3), RouterRule(3, "logits", "softmax")])
+def test_logits_far_from_0(rule: RouterRule, shift: float) -> None:
+    torch.manual_seed(4)
+    logits = torch.randn(5, 21) + shift
+    ids, weights = reference_grouped.router_topk(logits, rule)
+    got, got_weights, _ = router_topk(logits.to(DEVICE), rule)
+    assert torch.equal(got.cpu(), ids)
+    torch.testing.assert_close(got_weights.cpu().double(), weights, rtol=1e-5, atol=0)
+
+
+def test_groups_of_scores_below_0() -> None:
+    torch.manual_seed(5)
+    rule = RouterRule(4, "sigmoid", groups=3, kept_groups=2, group_score="top2")
+    logits, bias = torch.randn(9, 21), torch.randn(21) / 8 - 5
+    ids, weights = reference_grouped.router_topk(logits, rule, bias)
+    got, got_weights, _ = router_topk(logits.to(DEVICE), rule, bias=bias.to(DEVICE))
+    assert torch.equal(got.cpu(), ids)
+    torch.testing.assert_close(got_weights.cpu().double(), weights, rtol=1e-5, atol=0)
+
+
 def test_of_equal_scores_the_lower_id_comes_first() -> None:
     """torch.topk picks others on the CPU, but its scores are the same."""
     torch.manual_seed(2)
