@@ -187,6 +187,12 @@ def test_nobody_who_would_not_run_it_again_gets_a_pass_that_may_be_void(loaded: 
     assert len(seen) == 4, "the prompt and each token once"
     generate(model, n=4)
     assert (forward.replayed, tier.counts.ways[PLANNED]) == before
+    decode(model, tokens=range(20, 22))
+    assert tier.is_planning
+    before = forward.replayed, tier.counts.ways[PLANNED]
+    with torch.inference_mode():
+        model(torch.tensor([[7]]))
+    assert not tier.is_planning and (forward.replayed, tier.counts.ways[PLANNED]) == before
 
 
 def test_host_memory_of_another_size_between_passes(wanted: Any, loaded: Callable[..., Any]) -> None:
@@ -211,29 +217,56 @@ def test_reading_an_expert_for_somebody_else_evicts_nothing_that_is_copied(
     found = decode(model, cache, tokens=())
     with torch.inference_mode():
         for place, token in enumerate(TOKENS):
-            for expert in (place % EXPERTS, (place + 3) % EXPERTS):
-                runtime_of(model).weights(place % LAYERS, expert)
+            layer = place % LAYERS
+            gone = [e for e in range(EXPERTS) if not tier.caches[layer].host.has(ExpertId(layer, e))]
+            runtime_of(model).weights(layer, gone[0])
+            assert not tier.is_planning
             found.append(model(torch.tensor([[token]]), past_key_values=cache).logits)
     same(found, wanted)
     check_books(tier)
 
 
+def test_addresses_are_those_of_the_experts_that_are_there_now(loaded: Callable[..., Any]) -> None:
+    model, tier, _ = loaded(host_memory="50%")
+    passes = tier.planned._passes
+    assert passes is not None
+    left = 0
+    for number in range(14):
+        runtime_of(model).weights(0, number * 3 % EXPERTS)
+        if number == 9:
+            moert.resize(model, host_memory="75%")
+        of = passes._layers[0]
+        before = of.host.table[0] != 0
+        passes.enter()
+        here = [of.cache.host.has(ExpertId(0, expert)) for expert in range(EXPERTS)]
+        left += int((before & ~torch.tensor(here)).sum())
+        for expert, is_here in enumerate(here):
+            weights = of.cache.host.weights(ExpertId(0, expert)) if is_here else {}
+            addresses = [weights[spec.name].data_ptr() if is_here else 0 for spec in of.cache.bank.specs]
+            assert of.addresses[:, expert].tolist() == addresses
+        passes.leave()
+    assert left > 3
+
+
 def test_host_memory_that_changes_within_a_pass(
     wanted: Any, loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, tier, _ = loaded(host_memory="25%")
-    runtime = runtime_of(model)
-    calls = []
+    model, tier, forward = loaded(host_memory="25%")
+    passes = tier.planned._passes
+    assert passes is not None
+    changes = []
 
     def relieve() -> None:
-        calls.append(1)
-        if len(calls) % 3 == 0:
+        # A layer has missed, and the next one begins.
+        if passes.is_entered and passes._void.item():
+            changes.append(1)
             tier.before_host_changes()
             tier.after_host_changes()
 
-    monkeypatch.setattr(runtime._sizing, "relieve", relieve)
+    monkeypatch.setattr(runtime_of(model)._sizing, "relieve", relieve)
+    forward.is_on = False
     same(decode(model), wanted)
-    assert moert.stats(model).decoding.repeated > 0
+    assert 0 < len(changes) <= moert.stats(model).decoding.repeated
     check_books(tier)
 
 

@@ -109,10 +109,8 @@ class PlannedWay:
         """A pass of one token begins, before its first layer, of somebody who will ask `is_void` when it is over and
         then do it again, if he `can_repeat` it; whether a graph may do all of it."""
         passes, charged, self._was_void = self._passes, self._was_void, False
-        if self._is_tried:
-            # The one before has been cut short, and nobody knows whether it was.
-            self._is_tried = False
-            self.settle()
+        # Where the one before was cut short and void, this one is too: that stays until somebody enters anew.
+        self._is_tried = False
         may_miss = passes is not None and not passes.is_complete
         may_plan = passes is not None and (not may_miss or can_repeat())
         self.ways.begin(1, may_plan=may_plan, may_miss=may_miss)
