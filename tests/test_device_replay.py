@@ -91,7 +91,7 @@ def check_books(tier: DeviceTier) -> None:
     ("host_memory", "policy", "graphs"),
     [
         ("75%", "lru", True),
-        ("50%", "ema", False),
+        pytest.param("50%", "ema", False, marks=pytest.mark.slow),
         ("25%", "ema", True),
         pytest.param("100%", "ema", True, marks=pytest.mark.slow),
     ],
@@ -290,7 +290,7 @@ def test_a_disk_that_fails_is_the_error_that_it_is_elsewhere(
     check_books(tier)
 
 
-@pytest.mark.parametrize("where", ["planning", "model"])
+@pytest.mark.parametrize("where", ["planning", pytest.param("model", marks=pytest.mark.slow)])
 def test_an_interrupt_costs_no_token(
     where: str, wanted: Any, loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
