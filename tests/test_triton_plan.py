@@ -229,3 +229,12 @@ def test_bad_input() -> None:
         new_ema(4, 2, DEVICE, 1.0)
     with pytest.raises(ConfigError, match="burst=1"):
         new_ema(4, 2, DEVICE, burst=1.0)
+
+
+def test_an_event_without_experts_is_none_for_the_scores() -> None:
+    state = new_ema(5, 4, DEVICE)
+    plan_ema(state, torch.tensor([[0, 3]], device=DEVICE))
+    before = state.scores.clone(), state.bursts.clone(), state.last_uses.clone()
+    plan_ema(state, torch.tensor([[-1, 5]], device=DEVICE))
+    assert before[0].any()
+    assert all(map(torch.equal, (state.scores, state.bursts, state.last_uses), before))
