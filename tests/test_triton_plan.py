@@ -282,3 +282,12 @@ def test_reach_that_does_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             plan_lru(state, ids, reach=reach)
+
+
+def test_an_event_without_experts_is_none_for_the_scores() -> None:
+    state = new_ema(5, 4, DEVICE)
+    plan_ema(state, torch.tensor([[0, 3]], device=DEVICE))
+    before = state.scores.clone(), state.bursts.clone(), state.last_uses.clone()
+    plan_ema(state, torch.tensor([[-1, 5]], device=DEVICE))
+    assert before[0].any()
+    assert all(map(torch.equal, (state.scores, state.bursts, state.last_uses), before))

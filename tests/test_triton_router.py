@@ -96,6 +96,7 @@ def test_ids_and_weights_are_those_of_transformers(name: str) -> None:
     "rule",
     [
         RouterRule(1, "logits", "sigmoid"),
+        RouterRule(3, "logits", "sigmoid", normalise=True),
         RouterRule(5, normalise=True, scale=0.5),
         RouterRule(3, "sigmoid", "scores", True, 1e-6),
         RouterRule(2, "softmax", groups=3, kept_groups=1, group_score="top2"),
