@@ -1,4 +1,5 @@
-"""Single tokens that the device runs by itself, each pass a graph or each kernel started one by one."""
+"""Single tokens that the device runs by itself: each pass a graph, with a share for the CPU or without, or each kernel
+started one by one."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from gpu_tiered import ENOUGH_S, go_by, make_device, prompt_of, tier_of
 
 from moert.config import OffloadConfig
 from moert.device.simulated import SimulatedDevice
+from moert.runtime.device_ways import HYBRID as BY_BOTH
+from moert.runtime.device_ways import Ways
 
 ALONE = "the device alone"
 ROUNDS = 3
@@ -61,6 +64,24 @@ def compare(setting: Setting, layers: int, share: int, rows: Rows, until: float)
     rows.add(f"a token at {share} %, a graph", median[True] if is_real else None, "s", **facts, why=why)
     ratio = median[False] / median[True] if is_real else None
     rows.add(f"decode at {share} %, {GRAPH_OVER_EAGER}", ratio, "x", target=GRAPH, wrong=not same, **facts, why=why)
+    _with_a_share(model, prompt, tokens, f"a token at {share} %, a graph, with a share for the CPU", rows)
+
+
+def _with_a_share(model: Any, prompt: torch.Tensor, tokens: int, name: str, rows: Rows) -> None:
+    """The CPU computes as much of what is missing as the exact scheduler gives it; what it is told is in the graph."""
+    tier, forward = tier_of(model), vars(model)["forward"]
+    tier.settle()
+    tier.go_by(Ways("exact", tier.device.now, (), BY_BOTH))
+    forward.is_on = True
+    before = forward.replayed
+    _run(model, prompt, 2)  # the prompt has the costs measured that shares are made of
+    tier.settle()
+    left = tier.counts.on_cpu
+    run = _run(model, prompt, tokens)
+    tier.settle()
+    why = tier.planned.why_not_shared or forward.why_not
+    seconds = statistics.median(run.seconds) if forward.replayed > before and not why else None
+    rows.add(name, seconds, "s", goal="G9", on_cpu=tier.counts.on_cpu - left, tokens=tokens, why=why)
 
 
 def _run(model: Any, prompt: torch.Tensor, tokens: int) -> Run:
