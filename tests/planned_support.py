@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from moert.config import OffloadConfig
+from moert.device.base import OutOfDeviceMemoryError
 from moert.device.simulated import Machine, SimulatedDevice
 from moert.hf import patching
 from moert.hf.model import runtime_of
+from moert.kernels import device_experts as device_experts_module
 from moert.runtime.device_tier import DeviceTier
 from moert.schedule import Costs, Curve
 
@@ -80,3 +83,67 @@ def generate(model: Any, n: int = 6, prompt: int = 5, **options: Any) -> tuple[t
         ids, max_new_tokens=n, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
     )
     return found.sequences, torch.stack(found.logits)
+
+
+def check_rows(tier: DeviceTier) -> None:
+    """Whoever the books call resident has its own bytes in its row."""
+    tier.check_integrity()
+    for cache in tier.caches:
+        assert len(cache.residency.residents) <= cache.residency.capacity
+        for expert in filter(cache.host.has, cache.residency.residents):
+            there = cache.bank.views(cache.row_of(expert))
+            for name, tensor in cache.host.weights(expert).items():
+                assert torch.equal(there[name], tensor), f"{expert} {name}"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def third_step_finds_no_memory(tier: DeviceTier, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The third step that the device is to compute raises when its planner has run and nothing has been computed.
+
+    Returns:
+        As many numbers as there have been steps.
+    """
+    experts = device_experts_module.device_experts
+    calls: list[int] = []
+
+    def fails_once(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise OutOfDeviceMemoryError("no memory")
+        return experts(*args, **kwargs)
+
+    monkeypatch.setattr(device_experts_module, "device_experts", fails_once)
+    monkeypatch.setattr(tier.device, "_engine", _Immediate(tier.device._engine))
+    return calls
+
+
+class _Immediate:
+    """Launches happen at once, and what they raise is raised where they were asked for, as an allocation's is."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def submit(self, work: Any) -> None:
+        action, failure = work.action, []
+
+        def run() -> None:
+            try:
+                action()
+            except OutOfDeviceMemoryError as error:
+                failure.append(error)
+
+        work.action = run
+        self._engine.submit(work)
+        self._engine.drain()
+        if failure:
+            raise failure[0]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)

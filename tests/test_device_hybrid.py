@@ -9,15 +9,24 @@ from typing import Any
 import pytest
 import torch
 import triton_support
-from planned_support import LAYERS, ON_DEVICE, TOP_K, generate, make, patched, tier_of
-from test_device_planned import Clock, _Immediate, check_rows
+from planned_support import (
+    LAYERS,
+    ON_DEVICE,
+    TOP_K,
+    Clock,
+    check_rows,
+    generate,
+    make,
+    patched,
+    third_step_finds_no_memory,
+    tier_of,
+)
 
 import moert
-from moert.device.base import OutOfDeviceMemoryError, PinningRefusedError
+from moert.device.base import PinningRefusedError
 from moert.device.simulated import Machine, SimulatedDevice
 from moert.errors import ConfigError, KernelUnavailableError
 from moert.hf import patching
-from moert.kernels import device_experts as device_experts_module
 from moert.kernels import post as post_module
 from moert.runtime.device_sharing import Sharing, fetch_table
 from moert.runtime.device_tier import DeviceTier
@@ -231,18 +240,8 @@ def test_a_device_without_memory_leaves_it_to_the_host(
     wanted: Any, hybrid: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tier = hybrid([0, 0, 0])
-    experts = device_experts_module.device_experts
-    calls = []
-
-    def fails_once(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 3:
-            # What was posted for this step is never asked for.
-            raise OutOfDeviceMemoryError("no memory")
-        return experts(*args, **kwargs)
-
-    monkeypatch.setattr(device_experts_module, "device_experts", fails_once)
-    monkeypatch.setattr(tier.device, "_engine", _Immediate(tier.device._engine))
+    # What was posted for that step is never asked for.
+    calls = third_step_finds_no_memory(tier, monkeypatch)
     close(generate(model, n=6), wanted)
     assert len(calls) > 3 and tier.counts.ways[HYBRID] > LAYERS
     tier.settle()

@@ -10,14 +10,24 @@ import planned_support
 import pytest
 import torch
 import triton_support
-from planned_support import EXPERTS, LAYERS, ON_DEVICE, TOP_K, generate, make, patched, tier_of
+from planned_support import (
+    EXPERTS,
+    LAYERS,
+    ON_DEVICE,
+    TOP_K,
+    Clock,
+    check_rows,
+    generate,
+    make,
+    patched,
+    third_step_finds_no_memory,
+    tier_of,
+)
 
 import moert
-from moert.device.base import OutOfDeviceMemoryError
 from moert.device.simulated import Machine, SimulatedDevice
 from moert.hf import loading
 from moert.hf.model import runtime_of
-from moert.kernels import device_experts as device_experts_module
 from moert.runtime.device_tier import DeviceTier
 from moert.runtime.device_ways import PLANNED, Ways
 from moert.types import ExpertId
@@ -51,17 +61,6 @@ def planned() -> Iterator[Callable[..., tuple[Any, DeviceTier]]]:
 def same(found: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]) -> None:
     for got, right in zip(found, wanted, strict=True):
         assert torch.equal(got, right)
-
-
-def check_rows(tier: DeviceTier) -> None:
-    """Whoever the books call resident has its own bytes in its row."""
-    tier.check_integrity()
-    for cache in tier.caches:
-        assert len(cache.residency.residents) <= cache.residency.capacity
-        for expert in filter(cache.host.has, cache.residency.residents):
-            there = cache.bank.views(cache.row_of(expert))
-            for name, tensor in cache.host.weights(expert).items():
-                assert torch.equal(there[name], tensor), f"{expert} {name}"
 
 
 @pytest.mark.parametrize(
@@ -229,47 +228,11 @@ def test_a_device_without_memory_for_it_leaves_it_to_the_host(
     wanted: Any, planned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tier = planned()
-    experts = device_experts_module.device_experts
-    calls = []
-
-    def fails_once(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 3:
-            # In the third step of these the planner has run, and nothing has been computed.
-            raise OutOfDeviceMemoryError("no memory")
-        return experts(*args, **kwargs)
-
-    monkeypatch.setattr(device_experts_module, "device_experts", fails_once)
-    monkeypatch.setattr(tier.device, "_engine", _Immediate(tier.device._engine))
+    calls = third_step_finds_no_memory(tier, monkeypatch)
     same(generate(model), wanted)
     assert len(calls) > 3
     tier.settle()
     check_rows(tier)
-
-
-class _Immediate:
-    """Launches happen at once, and what they raise is raised where they were asked for, as an allocation's is."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-
-    def submit(self, work: Any) -> None:
-        action, failure = work.action, []
-
-        def run() -> None:
-            try:
-                action()
-            except OutOfDeviceMemoryError as error:
-                failure.append(error)
-
-        work.action = run
-        self._engine.submit(work)
-        self._engine.drain()
-        if failure:
-            raise failure[0]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
 
 
 def test_an_interrupt_costs_no_token(wanted: Any, planned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,14 +252,6 @@ def test_an_interrupt_costs_no_token(wanted: Any, planned: Callable[..., Any], m
     assert tier.is_planning
     tier.settle()
     check_rows(tier)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.mark.parametrize("planned_s", [0.005, 0.015])
