@@ -248,7 +248,7 @@ def _launch(
         "rates_ptr": state.rates,
         "PASSING": PASSING,
     }
-    return Launch(_kernel, (1,), arguments, {"num_warps": 4 if state.residents.slots <= 1024 else 8}), plan
+    return Launch(_kernel, (1,), arguments, {"num_warps": 4 if state.residents.slots <= 1024 else 16}), plan
 
 
 def compile_specs(capability: int) -> list[CompileSpec]:
@@ -262,7 +262,7 @@ def compile_specs(capability: int) -> list[CompileSpec]:
             f"plan_ema[{experts},{slots}{',passing' * passing}]",
             _launch(new_ema(experts, slots, "meta"), ids, passing)[0],
         )
-        for experts, slots, passing in ((128, 96, False), (512, 512, False), (128, 96, True))
+        for experts, slots, passing in ((128, 96, False), (512, 512, False), (8192, 4096, False), (128, 96, True))
     ] + [
         CompileSpec(
             f"plan_ema[128,96,{name}]", _launch(new_ema(128, 96, "meta", rows=rows, log=log), ids, False, *of)[0]

@@ -137,5 +137,6 @@ def compile_specs(capability: int) -> list[CompileSpec]:
         weights = torch.empty(1, 8, dtype=dtype, device="meta")
         experts, count = (torch.empty(n, dtype=torch.int32, device="meta") for n in (8, 1))
         launch = _launch(letters, 1, hidden, ids, weights, experts, count)
-        specs.append(CompileSpec(f"post[{name}]", launch, ("load128", "release")))
+        # The number of the message is exchanged, not added to.
+        specs.append(CompileSpec(f"post[{name}]", launch, ("load128", "release", "atomic"), lacks=()))
     return specs
