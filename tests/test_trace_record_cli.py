@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import typer
 
+from moert.cli import trace_record
 from moert.cli.trace_record import read_prompts, record
 from moert.errors import ConfigError
+from moert.hf.forwards import Rows
 from moert.trace.file import TraceFile
 from moert.trace.sequence import Phase
 
@@ -46,6 +49,32 @@ def test_prompts_are_continued(prompts: Path, tmp_path: Path, capsys: pytest.Cap
         assert len({int(sequence.steps[0]) for sequence in trace}) == 2, "two batches"
     assert document["sequences"] == 3
     assert 0 < document["hit_rate"] < 1
+
+
+def test_sequences_are_in_the_order_of_the_prompts_whoever_keeps_a_cache(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[object] = []
+    bind = Rows.bind
+
+    def kept(self: Rows, cache: object) -> None:
+        bind(self, cache)
+        if not caches:
+            caches.append(cache)
+
+    monkeypatch.setattr(Rows, "bind", kept)
+    run_batch = trace_record._run
+
+    def then_collect(*args: Any) -> None:
+        run_batch(*args)
+        gc.collect()
+
+    monkeypatch.setattr(trace_record, "_run", then_collect)
+    out = tmp_path / "trace.safetensors"
+    assert run("demo", "--prompts", prompts, "-o", out, "--batch", 1, "--max-new-tokens", 3) == 0
+    assert caches
+    with TraceFile(out) as trace:
+        assert [sequence.name for sequence in trace] == ["1", "3", "4"]
 
 
 def test_texts_are_run_as_they_are(prompts: Path, tmp_path: Path) -> None:

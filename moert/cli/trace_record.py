@@ -83,6 +83,7 @@ def record(
                 last = min(first + batch, len(entries))
                 recording.name([entry.name for entry in entries[first:last]])
                 _run(loaded.model, texts[first:last], pad, None if teacher_forced else max_new_tokens)
+                recording.finish()  # in the order of the prompts, whenever the caches are let go of
                 progress.update(last, len(entries))
         document = _document(model, out, perf_counter() - began, loaded.model)
     if json:
