@@ -20,7 +20,7 @@ from moert.hf import loading
 from moert.hf.graphed_forward import WARM_UPS, GraphedForward
 from moert.hf.model import runtime_of
 from moert.runtime.device_tier import DeviceTier
-from moert.runtime.device_ways import PLANNED
+from moert.runtime.device_ways import HYBRID, PLANNED
 from moert.types import ExpertId
 
 pytestmark = pytest.mark.skipif(not triton_support.INTERPRETED, reason="triton's interpreter is off: there is a GPU")
@@ -111,6 +111,28 @@ def test_tokens_are_those_that_the_host_decides_about(
     assert (forward.captured, forward.replayed) == ((1, len(TOKENS) - WARM_UPS) if graphs else (0, 0))
     # A prompt in between, and another cache.
     same(decode(model), wanted)
+    check_books(tier)
+
+
+def test_the_cpu_has_a_share_only_while_all_experts_are_in_host_memory(wanted: Any, loaded: Callable[..., Any]) -> None:
+    model, tier, _ = loaded(host_memory="75%", device_memory="25%", planned=HYBRID)
+    sharing = tier.planned.sharing
+    assert sharing is not None
+    sharing.forced = lambda top_k: [0] * (top_k + 1)
+    same(decode(model), wanted)
+    assert sharing.mailbox.messages == 0
+    assert tier.counts.ways[PLANNED] == LAYERS * len(TOKENS)
+    moert.resize(model, host_memory="100%")
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            runtime_of(model).weights(layer, expert)
+    for got, right in zip(decode(model), wanted, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=2e-5)
+    before = sharing.mailbox.messages
+    assert before > 0
+    moert.resize(model, host_memory="75%")
+    same(decode(model), wanted)
+    assert sharing.mailbox.messages == before
     check_books(tier)
 
 
