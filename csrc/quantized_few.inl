@@ -5,7 +5,7 @@ constexpr int8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 
 
 constexpr int kFewTokens = 4;  // that share each line of the weight
 constexpr int64_t kPrefetchBytes = 1024;
-constexpr int64_t kStreamPrefetchBytes = 2048;
+constexpr int64_t kStreamPrefetchBytes = 6144;
 
 inline void prefetch(const uint8_t* at) {
     __builtin_prefetch(at);
