@@ -120,7 +120,8 @@ inline void many_tile_of(int tokens, const ManySpan& span, int groups, const uin
 template <Kind kKind>
 void many_rows_block(const Matrix& w, int64_t begin, int count, bool is_first, bool is_last, bool one_stream,
                      const uint8_t* packed, int tokens, float* y, int64_t y_stride) {
-    alignas(64) float sums[kManyTokens][kLanes] = {};
+    alignas(64) float sums[kManyTokens][kLanes];
+    for (int token = 0; token < tokens; ++token) Vec::store(sums[token], Vec::broadcast(0));
     ManySpan span;
     Row rows[kLanes];
     Ahead ahead;
