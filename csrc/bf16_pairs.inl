@@ -13,7 +13,7 @@ inline int64_t depth_tiles(int64_t k) {
     return (k + kDepth - 1) / kDepth;
 }
 
-int64_t block_bytes_pairs(int64_t k) {
+inline int64_t block_bytes_pairs(int64_t k) {
     return depth_tiles(k) * kTileBytes;
 }
 
@@ -46,24 +46,24 @@ inline Numbers take_split(const float* x, int64_t k, int64_t tile) {
     return {pick(from, which), pick(from + kDepth, which)};
 }
 
-// Pairs are kStride bytes apart: 32 if there are 8 tokens at most.
-template <Numbers kTake(const float*, int64_t, int64_t), int kStride = 64>
+// The pairs of a tile, each of all tokens.
+template <Numbers kTake(const float*, int64_t, int64_t)>
+inline void tile_pairs(const float* x, int tokens, int64_t k, int64_t tile, __m512i (&pairs)[kTile]) {
+    for (int token = 0; token < kTile; ++token) {
+        pairs[token] = _mm512_setzero_si512();
+        if (token >= tokens) continue;
+        const Numbers numbers = kTake(x + token * k, k, tile);
+        pairs[token] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(numbers.high, numbers.low));
+    }
+    transpose16(pairs);
+}
+
+template <Numbers kTake(const float*, int64_t, int64_t)>
 void pack_pairs(const float* x, int tokens, int64_t k, uint8_t* block) {
     for (int64_t tile = 0; tile < depth_tiles(k); ++tile) {
-        __m512i pairs[16];
-        for (int token = 0; token < kTile; ++token) {
-            pairs[token] = _mm512_setzero_si512();
-            if (token >= tokens) continue;
-            const Numbers numbers = kTake(x + token * k, k, tile);
-            pairs[token] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(numbers.high, numbers.low));
-        }
-        transpose16(pairs);
-        for (int pair = 0; pair < kTile; ++pair, block += kStride) {
-            if (kStride == 64)
-                _mm512_storeu_si512(block, pairs[pair]);
-            else
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(block), _mm512_castsi512_si256(pairs[pair]));
-        }
+        __m512i pairs[kTile];
+        tile_pairs<kTake>(x, tokens, k, tile, pairs);
+        for (int pair = 0; pair < kTile; ++pair, block += 64) _mm512_storeu_si512(block, pairs[pair]);
     }
 }
 

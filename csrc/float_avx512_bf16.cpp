@@ -12,11 +12,10 @@ MOERT_BEGIN_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"
 namespace moert {
 namespace {
 
-constexpr int kMostTokens = 4;
+constexpr int kMostTokens = 4, kMostTokensOfStream = 2;
 constexpr int kRowBlock = 4;  // rows of the weight that share each load of x, unless they are read as one stream
 constexpr int64_t kLanes = 32;
 constexpr int64_t kPrefetchBytes = 1024;
-constexpr int64_t kStreamPrefetchBytes = 2048;
 
 int64_t padded(int64_t k) {
     return (k + kLanes - 1) / kLanes * kLanes;
@@ -60,10 +59,7 @@ inline void rows_block(const uint8_t* weight, int64_t row_bytes, const uint8_t* 
         // Without these GCC keeps the sums in memory.
         _Pragma("GCC unroll 8") for (int row = 0; row < kRows; ++row) {
             const uint8_t* numbers = weight + row * row_bytes + i * 2;
-            if (!kOneStream)
-                _mm_prefetch(reinterpret_cast<const char*>(numbers + ahead), _MM_HINT_T0);
-            else if (kTokens > 2)  // the processor's own prefetching lags where each line takes that long
-                _mm_prefetch(reinterpret_cast<const char*>(numbers + kStreamPrefetchBytes), _MM_HINT_T1);
+            if (!kOneStream) _mm_prefetch(reinterpret_cast<const char*>(numbers + ahead), _MM_HINT_T0);
             w[row] = reinterpret_cast<__m512bh>(left >= kLanes ? _mm512_loadu_si512(numbers)
                                                                : _mm512_maskz_loadu_epi16(there, numbers));
         }
@@ -109,7 +105,10 @@ const Kernel kKernel = {"avx512_bf16 bf16", block_bytes, pack, rows};
 
 const Kernel* float_avx512_bf16(const Matrix& w, int64_t tokens) {
     if (w.format != Format::kBf16 || w.transposed) return nullptr;
-    return tokens <= kMostTokens ? &kKernel : float_avx512_bf16_many(w, tokens);
+    // Row by row, more tokens take longer than the processor's own prefetching looks ahead.
+    if (tokens <= (reads_one_stream() ? kMostTokensOfStream : kMostTokens)) return &kKernel;
+    const Kernel* some = float_avx512_bf16_some(w, tokens);
+    return some != nullptr ? some : float_avx512_bf16_many(w, tokens);
 }
 
 }  // namespace moert

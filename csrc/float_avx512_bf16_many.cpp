@@ -16,7 +16,8 @@ namespace {
 // More rows at once and, where they are a multiple of 4 KiB apart, they would not all fit in their set of the first
 // cache.
 constexpr int kRows = 8;
-constexpr int64_t kPairBytes = 4;  // of weights
+constexpr int64_t kPairBytes = 4;    // of weights
+constexpr int64_t kPairsBytes = 64;  // of a pair of all tokens of a block
 
 struct Sixteen {
     using Sums = __m512;
@@ -40,17 +41,17 @@ struct Eight {
     static void store(float* to, Sums sums) { _mm256_storeu_ps(to, sums); }
 };
 
-// Packed x: kVectors blocks, a pair of all their tokens every kStride bytes.
+// Packed x: kVectors blocks.
 struct Packed {
     const uint8_t* pairs;
     int64_t block_bytes;
 };
 
-template <class Vec, int kCount, int kVectors, int kStride>
+template <class Vec, int kCount, int kVectors>
 inline __attribute__((always_inline)) void add_pair(typename Vec::Sums (&sums)[kCount][kVectors], const uint8_t* weight,
                                                     int64_t row_bytes, int64_t pair, size_t nbytes, const Packed& x) {
     typename Vec::Pairs values[kVectors];
-    for (int v = 0; v < kVectors; ++v) values[v] = Vec::load(x.pairs + v * x.block_bytes + pair * kStride);
+    for (int v = 0; v < kVectors; ++v) values[v] = Vec::load(x.pairs + v * x.block_bytes + pair * kPairsBytes);
 #pragma GCC unroll 8
     for (int row = 0; row < kCount; ++row) {
         int numbers = 0;
@@ -62,7 +63,7 @@ inline __attribute__((always_inline)) void add_pair(typename Vec::Sums (&sums)[k
 
 // The products of kCount rows and the tokens of kVectors blocks, to `to`[block][row][token]. `ahead`, if not null, is
 // as many rows again, which are asked for in their order.
-template <class Vec, int kCount, int kVectors, int kStride>
+template <class Vec, int kCount, int kVectors>
 inline void rows_block(const uint8_t* weight, int64_t row_bytes, const Packed& x, int64_t k, const uint8_t* ahead,
                        float* to) {
     typename Vec::Sums sums[kCount][kVectors];
@@ -78,16 +79,16 @@ inline void rows_block(const uint8_t* weight, int64_t row_bytes, const Packed& x
             ahead += kCount * 64;
         }
         for (int i = 0; i < kPairs; ++i)
-            add_pair<Vec, kCount, kVectors, kStride>(sums, weight, row_bytes, pair + i, kPairBytes, x);
+            add_pair<Vec, kCount, kVectors>(sums, weight, row_bytes, pair + i, kPairBytes, x);
     }
-    for (; pair < k / 2; ++pair) add_pair<Vec, kCount, kVectors, kStride>(sums, weight, row_bytes, pair, kPairBytes, x);
-    if (k % 2 != 0) add_pair<Vec, kCount, kVectors, kStride>(sums, weight, row_bytes, pair, kPairBytes / 2, x);
+    for (; pair < k / 2; ++pair) add_pair<Vec, kCount, kVectors>(sums, weight, row_bytes, pair, kPairBytes, x);
+    if (k % 2 != 0) add_pair<Vec, kCount, kVectors>(sums, weight, row_bytes, pair, kPairBytes / 2, x);
     for (int row = 0; row < kCount; ++row)
         for (int v = 0; v < kVectors; ++v) Vec::store(to + (v * kTile + row) * kTile, sums[row][v]);
 }
 
 // y[token, row] for up to 16 rows and `tokens` tokens in kVectors blocks. The `more` rows after them are asked for.
-template <class Vec, int kVectors, int kStride>
+template <class Vec, int kVectors>
 inline void rows_tile(const uint8_t* weight, int64_t row_bytes, int rows, int64_t more, const Packed& x, int tokens,
                       int64_t k, float* y, int64_t y_stride) {
     alignas(64) float sums[kVectors * kTile * kTile];
@@ -95,17 +96,16 @@ inline void rows_tile(const uint8_t* weight, int64_t row_bytes, int rows, int64_
     for (; row + kRows <= rows; row += kRows) {
         const uint8_t* from = weight + row * row_bytes;
         const uint8_t* ahead = row + kRows <= more ? from + kTile * row_bytes : nullptr;
-        rows_block<Vec, kRows, kVectors, kStride>(from, row_bytes, x, k, ahead, sums + row * kTile);
+        rows_block<Vec, kRows, kVectors>(from, row_bytes, x, k, ahead, sums + row * kTile);
     }
     for (; row < rows; ++row)
-        rows_block<Vec, 1, kVectors, kStride>(weight + row * row_bytes, row_bytes, x, k, nullptr, sums + row * kTile);
+        rows_block<Vec, 1, kVectors>(weight + row * row_bytes, row_bytes, x, k, nullptr, sums + row * kTile);
     for (int v = 0; v < kVectors; ++v) {
         const int left = tokens - v * kTile;
         store_tile(sums + v * kTile * kTile, rows, left < kTile ? left : kTile, y + v * kTile * y_stride, y_stride);
     }
 }
 
-template <bool kFew>
 void rows(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packed, int64_t tokens, float* y,
           int64_t y_stride) {
     constexpr int kPass = 2 * kTile;
@@ -118,28 +118,22 @@ void rows(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packed, in
             const int some = static_cast<int>(tokens - token < kPass ? tokens - token : kPass);
             const int64_t more = token == 0 ? end - row - kTile : 0;
             float* to = y + token * y_stride + row - begin;
-            if (kFew)
-                rows_tile<Eight, 1, 32>(weight, row_bytes, count, more, x, some, w.k, to, y_stride);
-            else if (some <= kTile / 2)
-                rows_tile<Eight, 1, 64>(weight, row_bytes, count, more, x, some, w.k, to, y_stride);
+            if (some <= kTile / 2)
+                rows_tile<Eight, 1>(weight, row_bytes, count, more, x, some, w.k, to, y_stride);
             else if (some <= kTile)
-                rows_tile<Sixteen, 1, 64>(weight, row_bytes, count, more, x, some, w.k, to, y_stride);
+                rows_tile<Sixteen, 1>(weight, row_bytes, count, more, x, some, w.k, to, y_stride);
             else
-                rows_tile<Sixteen, 2, 64>(weight, row_bytes, count, more, x, some, w.k, to, y_stride);
+                rows_tile<Sixteen, 2>(weight, row_bytes, count, more, x, some, w.k, to, y_stride);
         }
     }
 }
 
-constexpr int64_t kFewTokens = kTile / 2;
-
-const Kernel kFew = {"avx512_bf16 bf16, some", block_bytes_pairs, pack_pairs<take_plain, 32>, rows<true>};
-const Kernel kMany = {"avx512_bf16 bf16, many", block_bytes_pairs, pack_pairs<take_plain>, rows<false>};
+const Kernel kKernel = {"avx512_bf16 bf16, many", block_bytes_pairs, pack_pairs<take_plain>, rows};
 
 }  // namespace
 
-const Kernel* float_avx512_bf16_many(const Matrix& w, int64_t tokens) {
-    if (w.format != Format::kBf16 || w.transposed) return nullptr;
-    return tokens <= kFewTokens ? &kFew : &kMany;
+const Kernel* float_avx512_bf16_many(const Matrix& w, int64_t) {
+    return w.format == Format::kBf16 && !w.transposed ? &kKernel : nullptr;
 }
 
 }  // namespace moert

@@ -19,10 +19,10 @@ struct Kernel {
     void (*pack)(const float* x, int tokens, int64_t k, uint8_t* block);
     // y[token * y_stride + row - begin] = sum over k of w[row, k] * x[token, k] for begin <= row < end, all tokens.
     // Every such y is written; nothing else is. Sums are in fp32, in an order that depends on k, the format and the
-    // instruction set, and on whether the tokens are few or many, but on no address and on no other row. Unquantised
-    // weights and fp8 take x as it is. The others take it rounded to int8, with a scale for every 32 numbers of k, and
-    // sum exactly within those. Kernels with bf16 products (avx512_bf16 and amx, the latter for quantised weights and
-    // many tokens too) instead take x, and decoded weights, rounded to bf16.
+    // instruction set, and on whether the tokens are few, some or many, but on no address and on no other row.
+    // Unquantised weights and fp8 take x as it is. The others take it rounded to int8, with a scale for every 32
+    // numbers of k, and sum exactly within those. Kernels with bf16 products (avx512_bf16 and amx, the latter for
+    // quantised weights and many tokens too) instead take x, and decoded weights, rounded to bf16.
     void (*rows)(const Matrix& w, int64_t begin, int64_t end, const uint8_t* packed, int64_t tokens, float* y,
                  int64_t y_stride);
 };
@@ -39,6 +39,7 @@ const Kernel* float_avx512(const Matrix& w, int64_t tokens);
 const Kernel* quantized_avx512(const Matrix& w, int64_t tokens);
 const Kernel* quantized_avx512_vnni(const Matrix& w, int64_t tokens);
 const Kernel* float_avx512_bf16(const Matrix& w, int64_t tokens);
+const Kernel* float_avx512_bf16_some(const Matrix& w, int64_t tokens);
 const Kernel* float_avx512_bf16_many(const Matrix& w, int64_t tokens);
 const Kernel* amx(const Matrix& w, int64_t tokens);
 #endif
