@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,21 @@ def test_a_folder_that_gets_its_name_before_it_is_locked(tmp_path: Path, monkeyp
     with building(out, MANIFEST, overwrite=True) as build:
         assert build.path.is_dir(), "it has a folder of its own"
     assert [path.name for path in tmp_path.iterdir()] == ["pack"]
+
+
+def test_one_of_two_packs_is_there_all_the_time(
+    tiny_olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, right = tmp_path / "pack", os.rename
+    make_pack(tiny_olmoe, out)
+
+    def rename(old: Path, new: Path) -> None:
+        right(old, new)
+        assert (out / MANIFEST).is_file()
+
+    monkeypatch.setattr(os, "rename", rename)
+    make_pack(tiny_olmoe, out, "int8", overwrite=True)
+    assert "int8" in json.loads((out / MANIFEST).read_text())["format"]
 
 
 def test_where_two_folders_cannot_be_exchanged_at_once(
