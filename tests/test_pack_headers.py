@@ -87,10 +87,10 @@ def test_a_header_may_be_changed_on_purpose(pack: Path) -> None:
     ("change", "words"),
     [
         (edit(CHECKSUM, lambda text: text.rpartition(",")[0]), ["7 checksums for 8 experts"]),
-        (edit(CHECKSUM, lambda text: NO_CHECKSUM + text[32:]), ["contradict"]),
+        (edit(CHECKSUM, lambda text: NO_CHECKSUM + text[32:]), ["metadata contradict themselves"]),
         (edit("record", lambda text: text.replace('"offset":0', '"offset":4096')), ["do not lie where they belong"]),
-        (edit("num_experts", lambda _: "7"), ["contradict"]),
-        (edit("layer", lambda _: "none"), ["contradict"]),
+        (edit("num_experts", lambda _: "7"), ["metadata contradict themselves"]),
+        (edit("layer", lambda _: "none"), ["metadata contradict themselves"]),
         (swap, ["record of expert 2 is not where it belongs"]),
         (edit("module", lambda text: text.replace("mlp", "other")), ["has the experts of", "not of"]),
         (edit("weight_format", lambda _: "int4"), ["is of another pack", "as int4"]),
