@@ -137,6 +137,21 @@ PyObject* py_reader_ask(PyObject*, PyObject* args) {
     return PyBool_FromLong(done);
 }
 
+PyObject* py_reader_promote(PyObject*, PyObject* args) {
+    PyObject *reader_object, *record_object, *kind_object;
+    if (!PyArg_ParseTuple(args, "OOO:reader_promote", &reader_object, &record_object, &kind_object)) return nullptr;
+    auto* reader = disclose<Reader>(reader_object, kReaderName);
+    if (reader == nullptr) return nullptr;
+    auto* record = disclose<SharedRecord>(record_object, kRecordName);
+    uint64_t kind;
+    bool done = false;
+    if (record == nullptr || !as_unsigned(kind_object, "class", kReadClasses - 1, &kind) ||
+        !without_gil([&] { done = reader->promote(*record, static_cast<ReadClass>(kind)); })) {
+        return nullptr;
+    }
+    return PyBool_FromLong(done);
+}
+
 PyObject* py_reader_set_lanes(PyObject*, PyObject* args) {
     PyObject *reader_object, *device_object, *all_object, *guesses_object;
     if (!PyArg_ParseTuple(args, "OOOO:reader_set_lanes", &reader_object, &device_object, &all_object,
@@ -291,9 +306,9 @@ PyMethodDef reader_methods[] = {
     {"reader_give_up", py_reader_ask<&Reader::give_up>, METH_VARARGS,
      "reader_give_up(reader, record) -> bool\n\nBegins no more of the record, which is settled as cancelled once what "
      "has been begun has ended; False: all of it has been."},
-    {"reader_promote", py_reader_ask<&Reader::promote>, METH_VARARGS,
-     "reader_promote(reader, record) -> bool\n\nMakes what has not been begun of the record a demand; False: there is "
-     "nothing, or it is one."},
+    {"reader_promote", py_reader_promote, METH_VARARGS,
+     "reader_promote(reader, record, class) -> bool\n\nRaises what has not been begun of the record to a class, and "
+     "takes up again what was given up; False: there is nothing, or it is not of a lower class."},
     {"reader_set_lanes", py_reader_set_lanes, METH_VARARGS,
      "reader_set_lanes(reader, device, lanes, guesses)\n\nFor one disk, from now on. With 0 lanes nothing is begun."},
     {"reader_saturation", py_reader_saturation, METH_VARARGS,

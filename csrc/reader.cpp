@@ -206,7 +206,7 @@ bool Reader::give_up(const std::shared_ptr<Record>& record) {
     return true;
 }
 
-bool Reader::promote(const std::shared_ptr<Record>& record) {
+bool Reader::promote(const std::shared_ptr<Record>& record, ReadClass kind) {
     refuse_fork();
     const Lock lock(mutex_);
     if (closing_) return false;
@@ -214,10 +214,10 @@ bool Reader::promote(const std::shared_ptr<Record>& record) {
         if (record->unfinished == 0 || record->failed) return false;
         record->given_up = false;
         for (const Share& share : record->shares) record->unfinished += share.chunks->size() - share.begun;
-    } else if (record->kind == ReadClass::kDemand || withdraw(*record) == 0) {
+    } else if (record->kind <= kind || withdraw(*record) == 0) {
         return false;
     }
-    record->kind = ReadClass::kDemand;
+    record->kind = kind;
     for (size_t i = 0; i < record->shares.size(); i++) {
         const Share& share = record->shares[i];
         if (share.begun == share.chunks->size()) continue;

@@ -93,9 +93,9 @@ class Reader {
     // False, and no change, where all of it has been begun.
     bool give_up(const std::shared_ptr<Record>& record);
 
-    // What is still to be begun of the record, even if it was given up, goes behind the demands; false where that is
-    // nothing, or is demanded.
-    bool promote(const std::shared_ptr<Record>& record);
+    // What is still to be begun of the record goes behind what is of a higher class; false where that is nothing, or
+    // not of a lower class. One that was given up is taken up again, in that class.
+    bool promote(const std::shared_ptr<Record>& record, ReadClass kind = ReadClass::kDemand);
 
     // For one disk, from now on. What is in flight beyond them ends.
     void set_lanes(uint64_t device, Lanes lanes);

@@ -69,10 +69,10 @@ class FakeRead:
         self.given_up = True
         return True
 
-    def promote(self) -> bool:
-        if self._over or self.all_begun:
+    def promote(self, priority: Priority = Priority.DEMAND) -> bool:
+        if self._over or self.all_begun or (self.priority <= priority and not self.given_up):
             return False
-        self.priority, self.given_up = Priority.DEMAND, False
+        self.priority, self.given_up = priority, False
         return True
 
 

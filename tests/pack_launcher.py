@@ -1,8 +1,8 @@
 """Runs the command line in children of a process that has imported everything, each killed at a step if so wished.
 
 Reads a line of JSON for each child: its "arguments", and perhaps "kill_at" a step, "kill_after" a file has its name,
-"full_at" a step or "full_after" a file has its name the disk is full, "file_bytes" at most in one file. Answers with a
-line, {"status": as of waitpid, "steps": taken, "out", "err"}.
+"kill_after_s" so many seconds, "full_at" a step or "full_after" a file has its name the disk is full, "file_bytes" at
+most in one file. Answers with a line, {"status": as of waitpid, "steps": taken, "out", "err"}.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,9 @@ def serve() -> None:
             child = os.fork()
             if child == 0:
                 run(task, out.fileno(), err.fileno(), count.fileno())
+            if "kill_after_s" in task:
+                time.sleep(task["kill_after_s"])
+                os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             texts = []
             for file in (count, out, err):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import moert
@@ -34,6 +39,18 @@ def logits_of(folder: Path, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     with moert.load(folder, **{"host_memory": "25%", **options}) as model, torch.no_grad():
         found: torch.Tensor = model(ids).logits
         return found
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str, kind: str = "tmpfs") -> Iterator[None]:
+    """A file system of its own on a new folder, or the test is skipped."""
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", kind, "-o", options, kind, folder]).returncode:
+        pytest.skip("mounting a file system takes privileges")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 IDS = torch.arange(3, 40).remainder(100)[None]

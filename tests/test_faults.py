@@ -33,6 +33,7 @@ from faulty_disk import PATIENCE_S, Fault, FaultyDisk
 
 from moert.config import parse_budget
 from moert.errors import CorruptFileError, MoertError, TransferError
+from moert.runtime import runtime as runtime_module
 from moert.runtime.runtime import OffloadRuntime
 from moert.tiers import shard_file
 from moert.types import ExpertId
@@ -183,6 +184,19 @@ def test_a_step_waits_for_the_rest_of_a_prefetch_only(
     stats = runtime.layers[STAGED].stats
     assert (stats.misses, stats.forwarded) == (len(NEEDED), 1)
     assert disk.count - calls == 2 * len(NEEDED) - 1, "two calls for each record, one of them made before"
+
+
+def test_bytes_in_flight_are_bounded(
+    experts: Experts, disk: FaultyDisk, open_runtime: Callable[..., OffloadRuntime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = max(open_runtime().layers[DIRECT].read_bytes(expert) for expert in range(E))
+    monkeypatch.setattr(runtime_module, "MAX_BYTES_IN_FLIGHT", 4 * record)
+    runtime = open_runtime(host_memory="100%")
+    disk.hold()
+    runtime.prefetch([ExpertId(DIRECT, expert) for expert in range(E)])
+    assert record < runtime.pipeline.bytes_in_flight <= 2 * record, "half of it is all that guesses may take"
+    disk.release()
+    assert torch.equal(step(runtime, DIRECT, ROUTING), right(experts, DIRECT))
 
 
 @pytest.mark.parametrize("layer", LAYERS)

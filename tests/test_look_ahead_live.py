@@ -212,6 +212,21 @@ def test_nobody_leaves_who_is_likelier_to_be_needed(
     assert {expert.expert for expert in rig.layers[1].residency.residents} == {0, 1, 2, 3} - left
 
 
+def test_what_was_given_up_and_is_predicted_again_is_read(rig: Rig) -> None:
+    rig.learn(9.0)
+    rig.told.next = [Prediction(1, [4], [0])]
+    rig.step(0, [0], idle_s=9.0)
+    (read,) = rig.disk.reads
+    read.started = True
+    rig.told.next = [Prediction(1, [5], [0])]
+    rig.step(0, [0], idle_s=9.0)
+    assert read.given_up
+    rig.told.next = [Prediction(1, [4, 5], [0, 1])]
+    rig.step(0, [0], idle_s=9.0)
+    assert not read.given_up
+    assert rig.disk.n_submitted == 6 + 1 + 2, "those of `learn`, of the step before, and of 4 and 5"
+
+
 def test_the_next_pass_is_looked_at_from_the_last_layer(rig: Rig) -> None:
     rig.learn(2.0)
     rig.told.first = [0, 0, 0, 0, 0, 0, 0.9, 0]

@@ -219,7 +219,7 @@ def test_files_are_what_they_say(stored_as: str, tiny_olmoe: Path, tmp_path: Pat
             records = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         assert len(records) == 8
         assert all(record.dtype == torch.uint8 and record.numel() % 4096 == 0 for record in records.values())
-        assert metadata["moert_pack"] == "1"
+        assert metadata["moert_pack"] == "2"
         assert metadata["layer"] in path.name
         assert FormatChoice.parse(metadata["weight_format"]) == FormatChoice.parse(stored_as)
         layout = json.loads(metadata["record"])

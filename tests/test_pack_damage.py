@@ -22,6 +22,7 @@ from moert.tiers.shard_file import ShardFile
 
 FIRST = "experts-00000.safetensors"
 SECOND = "experts-00001.safetensors"
+DENSE = "model-00001-of-00001.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,18 @@ def test_flipped_bit_is_met_at_the_first_use(where: str, dtype: torch.dtype, sou
 
 
 def test_padding_and_dense_weights_are_checked_by_verify(pack: Path) -> None:
-    (dense,) = pack.glob("model-*.safetensors")
+    dense = pack / DENSE
     flip(dense, dense.stat().st_size - 1)
     assert [f"{dense} has the checksum" in problem for problem in problems(pack)] == [True]
+    flip(dense, dense.stat().st_size - 1)
+    file = read_pack_file(pack / SECOND)
+    assert file.layer.record_bytes > file.layer.layout.nbytes
+    for expert, offset in ((3, file.span(0, 3).end), (7, (pack / SECOND).stat().st_size - 1)):
+        flip(pack / SECOND, offset)
+        (found,) = problems(pack)
+        assert f"{SECOND}: expert {expert} is followed by other bytes than zeros" in found
+        flip(pack / SECOND, offset)
+    assert problems(pack) == ()
 
 
 def test_record_that_is_read_wrong_once_is_read_again(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,10 +148,13 @@ def remove(name: str) -> Callable[[Path, Path], object]:
     [
         (rename(FIRST, SECOND), [FIRST, "holds layer 1"]),
         (take(SECOND), [SECOND, "of another pack"]),
+        (take(DENSE), [DENSE, "of another pack"]),
+        (lambda pack, _: flip(pack / DENSE, (pack / DENSE).read_bytes().index(b"embed")), [DENSE, "its header has"]),
+        (lambda pack, _: flip(pack / FIRST, (pack / FIRST).read_bytes().index(b"mlp")), [FIRST, "its header has"]),
         (take("config.json"), ["config.json", "moert-pack.json", "two different packs"]),
         (remove(SECOND), [SECOND, "is missing"]),
         (remove("moert-pack.json"), ["moert-pack.json is missing", "hf download"]),
-        (edit_manifest(pack_version=2), ["version 2", "reads 1"]),
+        (edit_manifest(pack_version=1), ["version 1", "reads 2"]),
         (edit_manifest(source={}), ["moert-pack.json is malformed"]),
         (lambda pack, _: flip(pack / FIRST, 20), [FIRST]),
         (lambda pack, _: (pack / "moert-pack.json").write_text("{"), ["moert-pack.json is not JSON"]),
@@ -149,6 +162,9 @@ def remove(name: str) -> Callable[[Path, Path], object]:
     ids=[
         "layers swapped",
         "file of another",
+        "dense weights of another",
+        "name of a tensor",
+        "name of a module",
         "config of another",
         "file",
         "manifest",
@@ -201,6 +217,17 @@ def test_verify_looks_at_the_model_it_was_made_from(pack: Path, tiny_olmoe: Path
         problems(pack, source=str(copy))
     with pytest.raises(ConfigError, match="is no pack"):
         problems(tiny_olmoe)
+
+
+def test_verify_finds_what_does_not_belong_there(pack: Path) -> None:
+    shutil.copy(pack / DENSE, pack / "more.safetensors")
+    (found,) = problems(pack)
+    assert found == f"{pack / 'more.safetensors'} is not in moert-pack.json"
+    index = pack / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["more"] = "more.safetensors"
+    index.write_text(json.dumps(content))
+    assert f"{pack}: the index names more.safetensors, which is not in moert-pack.json" in problems(pack)
 
 
 def test_striped_over_disks_by_links(pack: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class PipelineMachine(RuleBasedStateMachine):
         if self.disk.reads:
             read = data.draw(st.sampled_from(self.disk.reads))
             read.started = True
-            read.all_begun |= all_of_it and not read.given_up
+            read.all_begun |= all_of_it
 
     @rule()
     def collect(self) -> None:
@@ -232,6 +232,73 @@ def test_what_was_withdrawn_and_is_needed_is_read_whole(disk: FakeDisk, is_over:
     assert step(layer, pipeline, [3]) == layer.factor(3)
     assert disk.n_submitted == n_reads
     assert (layer.stats.misses, layer.stats.forwarded, layer.stats.failed_prefetches) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("priority", [Priority.PROMOTION, Priority.PREFETCH])
+def test_what_was_withdrawn_and_is_guessed_again_is_read_on(disk: FakeDisk, priority: Priority) -> None:
+    layer = FakeLayer(0, E, 2, disk)
+    pipeline = Pipeline([layer], 4)
+    read = begun(layer, pipeline, 3)
+    pipeline.withdraw(ids(3))
+    assert not pipeline.is_coming(ExpertId(0, 3))
+    pipeline.prefetch(ids(3), priority)
+    assert pipeline.is_coming(ExpertId(0, 3))
+    assert (read.priority, read.given_up) == (priority, False)
+    assert pipeline.bytes_ahead == READ_BYTES
+    pipeline.check_integrity()
+    layer.residency.check_integrity()
+    read.finish()
+    assert pipeline.collect() == ids(3)
+    assert disk.n_submitted == 1
+
+
+def test_what_is_ending_and_is_guessed_again_is_read_then(disk: FakeDisk) -> None:
+    layer = FakeLayer(0, E, 3, disk)
+    pipeline = Pipeline([layer], 8)
+
+    def ending(expert: int) -> FakeRead:
+        read = begun(layer, pipeline, expert)
+        pipeline.withdraw(ids(expert))
+        read.all_begun = True
+        pipeline.prefetch(ids(expert), due=7)
+        pipeline.prefetch(ids(expert), due=8)
+        pipeline.check_integrity()
+        assert not pipeline.is_coming(ExpertId(0, expert))
+        return read
+
+    read = ending(3)
+    assert (disk.n_submitted, pipeline.bytes_ahead) == (1, READ_BYTES)
+    pipeline.prefetch(ids(4), due=8)
+    read.finish()
+    assert pipeline.collect() == []
+    assert list(pipeline._queues[Priority.PREFETCH]) == ids(3, 4), "in the order of when they are due"
+    pipeline.pump()
+    assert pipeline.is_coming(ExpertId(0, 3))
+    pipeline.drain()
+    # Unless it is withdrawn or taken off the queue again, or a step needs it first.
+    for take_back in (pipeline.withdraw, pipeline.dequeue):
+        read = ending(5)
+        take_back(ids(5))
+        assert pipeline.bytes_ahead == 0
+        read.finish()
+        pipeline.collect()
+        assert not pipeline.busy
+    ending(5)
+    assert step(layer, pipeline, [5]) == layer.factor(5)
+    assert not pipeline.busy
+    assert layer.stats.failed_prefetches == 0
+
+
+def test_a_promotion_of_a_prefetch_is_no_demand(disk: FakeDisk) -> None:
+    pipeline = Pipeline([FakeLayer(0, E, E, disk)], 4)
+    pipeline.prefetch(ids(3))
+    pipeline.pump()
+    pipeline.prefetch(ids(3), Priority.PROMOTION)
+    assert classes(disk) == [Priority.PROMOTION]
+    assert not pipeline.waits
+    pipeline.prefetch(ids(3))
+    pipeline.demand(ids(3))
+    assert classes(disk) == [Priority.DEMAND]
 
 
 def test_an_event_takes_the_slots_of_what_is_withdrawn(disk: FakeDisk) -> None:

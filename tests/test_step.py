@@ -60,7 +60,7 @@ class FakeHandle:
     def give_up(self) -> bool:
         return False
 
-    def promote(self) -> bool:
+    def promote(self, priority: Priority = Priority.DEMAND) -> bool:
         return False
 
 
@@ -170,7 +170,12 @@ def test_order_of_arrival_does_not_change_a_bit(delays_ms: list[int]) -> None:
             assert torch.equal(run(layer, hidden, ids, weights), want)
 
 
-def test_resident_experts_run_while_the_missing_are_read() -> None:
+@pytest.mark.parametrize(("held_bytes", "before"), [(1 << 20, E - 1), (2 * D * 4, 2), (0, 0)])
+def test_resident_experts_run_while_the_missing_are_read(
+    held_bytes: int, before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as their outputs may wait in memory for the first one's."""
+    monkeypatch.setattr(step_module, "HELD_OUTPUT_BYTES", held_bytes)
     ids = torch.arange(E)[None]
     weights, hidden = torch.ones(1, E), torch.randn(1, D)
     layer = FakeLayer(E, {})
@@ -196,7 +201,7 @@ def test_resident_experts_run_while_the_missing_are_read() -> None:
 
     layer.handle = Awaited
     run_step(layer, counted, hidden, ids, weights, pipeline=layer.pipeline)
-    assert ran_before == [E - 1]
+    assert ran_before == [before]
     assert len(ran) == E
     assert layer.stats.stall_s >= 0.05
 

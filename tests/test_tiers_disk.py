@@ -130,6 +130,20 @@ class TestDiskReader:
                 handle.wait(PATIENCE_S)
         assert [offset // BLOCK_BYTES for offset in gate.begun] == [0, 3, 2, 1]
 
+    def test_what_is_raised_goes_to_its_class(self, path: Path, slots: SlotBank, gate: Gate) -> None:
+        with ShardFile(path, calls=FileCalls(preadv=gate.preadv)) as file, DiskReader(1) as reader:
+            handles = [submit_block(reader, file, 0, slots)]
+            gate.wait_begun(1)
+            kinds = [Priority.PREFETCH, Priority.PREFETCH, Priority.PROMOTION, Priority.DEMAND]
+            handles += [submit_block(reader, file, 1 + i, slots, kind) for i, kind in enumerate(kinds)]
+            assert handles[2].promote(Priority.PROMOTION)
+            assert handles[2].priority is Priority.PROMOTION
+            assert not any(handles[i].promote(Priority.PROMOTION) for i in (2, 3, 4))
+            gate.open()
+            for handle in handles:
+                handle.wait(PATIENCE_S)
+        assert [offset // BLOCK_BYTES for offset in gate.begun] == [0, 4, 3, 2, 1]
+
     def test_waiting_with_a_time_limit(self, path: Path, slots: SlotBank, gate: Gate) -> None:
         with ShardFile(path, calls=FileCalls(preadv=gate.preadv)) as file, DiskReader(1) as reader:
             handle = submit_block(reader, file, 0, slots)

@@ -12,6 +12,7 @@ import pytest
 from native_support import MIB, PATIENCE_S, SIZE, set_lanes, submit
 from own_threads import disk_threads
 
+from moert import _C
 from moert.errors import MoertError
 from moert.tiers import native_reads
 from moert.tiers.arena import SlotBank
@@ -48,6 +49,18 @@ class TestQueue:
                 assert slots.slot(i)[:MIB] == content[i * MIB : (i + 1) * MIB]
                 assert not handles[i].cancel()
             assert reader.totals().records == 3
+
+    def test_what_is_given_up_is_taken_up_in_a_class(self, file: ShardFile, content: bytes, slots: SlotBank) -> None:
+        with DiskReader(2) as reader:
+            set_lanes(reader, file, 0)
+            handle = submit(reader, file, slots.slot(0), 0, MIB, Priority.PREFETCH)
+            assert not handle.promote(Priority.PREFETCH)
+            assert handle.promote(Priority.PROMOTION)
+            assert handle.priority is Priority.PROMOTION
+            assert handle.give_up()
+            assert not handle.promote(Priority.PREFETCH), "it was over at once"
+            with pytest.raises(ValueError, match="class is 3"):
+                _C.reader_promote(reader._reads.native._reader, handle._record, 3)
 
     def test_demand_goes_first(self, file: ShardFile, content: bytes, slots: SlotBank) -> None:
         """Into the same memory: what is there at the end was read last."""

@@ -169,4 +169,4 @@ def _print_check(found: dict[str, Any], console: Console) -> None:
     for problem in found["problems"]:
         console.print(Text.assemble(("✗ ", "bold red"), problem), soft_wrap=True)
     if not found["problems"]:
-        console.print("[bold green]sound[/] – every byte is as it was written")
+        console.print("[bold green]sound[/] – every weight is as it was written")

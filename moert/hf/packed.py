@@ -12,7 +12,7 @@ from moert.errors import CorruptFileError
 from moert.formats import FormatChoice, TensorSpec
 from moert.hf.layers import Layers
 from moert.runtime.layer import LayerSpec
-from moert.runtime.pack_file import MANIFEST, PACK_VERSION, PackFile, read_pack_file
+from moert.runtime.pack_file import MANIFEST, PACK_VERSION, PackFile, read_pack_file, read_sealed
 from moert.runtime.records import Record
 from moert.tiers.build_folder import read_manifest
 
@@ -75,6 +75,23 @@ class Pack:
             raise CorruptFileError(f"{path} holds layer {layer.layer}, whose file is {layer.file_name}; {_AGAIN}")
         return file
 
+    def check_dense_files(self) -> None:
+        """Check that the files of the weights that are no experts belong to this pack. Reads headers.
+
+        Raises:
+            CorruptFileError: one does not, or is malformed.
+            TransferError: one cannot be read.
+        """
+        for name in sorted(self.manifest["files"]):
+            if name.startswith("experts-"):
+                continue
+            source = read_sealed(self.folder / name)[1].get("source", "")
+            if source != self.source:
+                raise CorruptFileError(
+                    f"{self.folder / name} is of another pack (from checkpoint {source[:12]}, this pack is from "
+                    f"{self.source[:12]}); {_AGAIN}"
+                )
+
     def records(self, layers: Layers) -> tuple[list[str], list[list[Record]]]:
         """The files of the experts, and each layer's records, which count files by them. Reads headers.
 
@@ -82,6 +99,7 @@ class Pack:
             CorruptFileError: the pack is incomplete or damaged, or is not of such layers.
         """
         self.check_files()
+        self.check_dense_files()
         paths = self.expert_files
         if len(paths) != len(layers.specs):
             raise CorruptFileError(

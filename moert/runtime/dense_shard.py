@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from moert.runtime.pack_file import CHECKSUM, NO_CHECKSUM, PACK_VERSION
+from moert.runtime.pack_file import CHECKSUM, NO_CHECKSUM, PACK_VERSION, sealed_header
 from moert.runtime.records import Span
-from moert.tiers.safetensors_file import TensorEntry, make_header
+from moert.tiers.safetensors_file import TensorEntry
 
 SHARD_BYTES = 4 << 30
 CHUNK_BYTES = 4 << 20
@@ -39,7 +39,7 @@ class DenseShard:
     def header(self, checksum: str = NO_CHECKSUM) -> bytes:
         """The file's first bytes, as many whatever the checksum of the data is."""
         tensors = [(entry.name, entry.dtype, entry.shape, entry.nbytes) for entry in self.entries]
-        return make_header(tensors, {**self.metadata, CHECKSUM: checksum})
+        return sealed_header(tensors, {**self.metadata, CHECKSUM: checksum})
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -226,7 +226,7 @@ class LookAhead:
         pipeline.withdraw(self._expectations.expected(layer).difference(told))
         chances = self._expectations.expect(layer, look, told)
         pipeline.dequeue(told)
-        under_way = {expert for expert in told if pipeline.is_in_flight(expert)}
+        under_way = {expert for expert in told if pipeline.is_coming(expert)}
         stays = None if prediction.chances is None else _chances_of_residents(residency, cache.ids, prediction.chances)
         chosen = self._choose(
             {expert: chance for expert, chance in chances.items() if expert not in under_way},

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
 
-from moert.errors import CorruptFileError
+from moert.errors import CorruptFileError, TransferError
 from moert.formats import RecordLayout, TensorSpec
 from moert.runtime.records import Check, Piece, Record, Source, Span, make_record
 from moert.tiers.disk import BLOCK_BYTES, Read
 from moert.tiers.safetensors_file import DTYPES, TensorEntry, make_header, read_header
 
-PACK_VERSION = 1
+PACK_VERSION = 2
 CHECKSUM = "xxh3_128"
+HEADER_CHECKSUM = "xxh3_128_header"
+"""Of the file's bytes up to the data, counted with zeros in its place."""
 
 NO_CHECKSUM = "0" * 32
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -52,7 +54,7 @@ class PackedLayer:
         """The file's first bytes, as many whatever the checksums are; without them there is only their place."""
         tensors = [(f"experts.{expert:05d}", "U8", (self.record_bytes,), self.record_bytes) for expert in self._experts]
         found = [NO_CHECKSUM for _ in self._experts] if checksums is None else list(checksums)
-        return make_header(tensors, {**self.metadata, CHECKSUM: ",".join(found)})
+        return sealed_header(tensors, {**self.metadata, CHECKSUM: ",".join(found)})
 
     @property
     def file_bytes(self) -> int:
@@ -148,6 +150,47 @@ def checksum(data: memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def sealed_header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """`make_header` with a checksum of the header itself."""
+    blank = make_header(tensors, {**metadata, HEADER_CHECKSUM: NO_CHECKSUM})
+    return _with_seal(blank, xxhash.xxh3_128_hexdigest(blank))
+
+
+def read_sealed(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """`read_header` of a pack's file, as it was written.
+
+    Raises:
+        CorruptFileError: the file is truncated, malformed, no file of a pack, or its header is damaged.
+        TransferError: it cannot be read.
+    """
+    name = os.fspath(path)
+    entries, metadata = read_header(name)
+    version = metadata.get("moert_pack")
+    if version != str(PACK_VERSION):
+        what = "is no file of a pack" if version is None else f"is of pack version {version}"
+        raise CorruptFileError(f"{name} {what}; this moert reads version {PACK_VERSION}: pack the model again")
+    try:
+        with open(name, "rb") as file:
+            header = file.read(8)
+            header += file.read(int.from_bytes(header, "little"))
+    except OSError as error:
+        raise TransferError(error.errno, f"{error.strerror}; cannot read the header", name) from error
+    seal, found = metadata.get(HEADER_CHECKSUM), xxhash.xxh3_128_hexdigest(_with_seal(header, NO_CHECKSUM))
+    if found != seal:
+        raise CorruptFileError(
+            f"{name}: its header has the checksum {found}, not {seal}: the file is damaged; copy it again, or pack the "
+            "model again"
+        )
+    return entries, metadata
+
+
+def _with_seal(header: bytes, seal: str) -> bytes:
+    # Within the names and texts of a header these quotes would be escaped.
+    key = f'"{HEADER_CHECKSUM}":"'.encode()
+    before, found, rest = header.partition(key)
+    return before + found + seal.encode() + rest[len(seal) :] if found else header
+
+
 def read_pack_file(path: str | os.PathLike[str]) -> PackFile:
     """Read and check the header of a layer's file; no record is read.
 
@@ -156,11 +199,7 @@ def read_pack_file(path: str | os.PathLike[str]) -> PackFile:
         TransferError: it cannot be read.
     """
     name = os.fspath(path)
-    entries, metadata = read_header(name)
-    version = metadata.get("moert_pack")
-    if version != str(PACK_VERSION):
-        found = "is no file of a pack" if version is None else f"is of pack version {version}"
-        raise CorruptFileError(f"{name} {found}; this moert reads version {PACK_VERSION}: pack the model again")
+    entries, metadata = read_sealed(name)
     try:
         layer = _read_layer(metadata)
         checksums = tuple(metadata[CHECKSUM].split(","))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import xxhash
 
 from moert.errors import CorruptFileError, TransferError
 from moert.runtime.dense_shard import CHUNK_BYTES
-from moert.runtime.pack_file import CHECKSUM, PackFile, checksum
+from moert.runtime.pack_file import CHECKSUM, PackFile, checksum, read_sealed
 from moert.runtime.read_ahead import read_ahead
 from moert.runtime.records import Span
 from moert.tiers.arena import HostArena, SlotBank
 from moert.tiers.disk import BLOCK_BYTES, DiskReader, ShardFile
-from moert.tiers.safetensors_file import read_header
 
 READS_AT_ONCE = 4
 
@@ -25,22 +25,29 @@ Report = Callable[[int], None]
 def bad_records(file: PackFile, report: Report) -> list[str]:
     """What is wrong with the records of a layer's file. Reads them all; blocks."""
     where = f"{file.path}: expert"
-    spans = {expert: file.span(0, expert) for expert in range(file.layer.num_experts)}
+    layer, nbytes = file.layer, file.layer.layout.nbytes
+    spans = [(expert, replace(file.span(0, expert), nbytes=layer.record_bytes)) for expert in range(layer.num_experts)]
     problems = []
 
     def look(expert: int, data: memoryview) -> None:
         report(len(data))
-        found = checksum(data)
+        found = checksum(data[:nbytes])
         if found != file.checksums[expert]:
             problems.append(f"{where} {expert} has the checksum {found}, not {file.checksums[expert]}")
+        if any(data[nbytes:]):
+            problems.append(f"{where} {expert} is followed by other bytes than zeros")
 
-    _read_all(file.path, list(spans.items()), look, problems)
+    _read_all(file.path, spans, look, problems)
     return problems
 
 
 def bad_data(path: str, source: str, report: Report) -> list[str]:
-    """What is wrong with a file of weights that are no experts, of the pack made from `source`. Reads it; blocks."""
-    entries, metadata = read_header(path)
+    """What is wrong with a file of weights that are no experts, of the pack made from `source`. Reads it; blocks.
+
+    Raises:
+        CorruptFileError, TransferError: its header cannot be read.
+    """
+    entries, metadata = read_sealed(path)
     if metadata.get("source") != source:
         return [f"{path} is of another pack"]
     begin = min((entry.offset for entry in entries.values()), default=0)

@@ -25,6 +25,8 @@ class _Transfer(NamedTuple):
     fetch: Fetch
     given_up: bool = False
     """Its record will not be whole, and is over soon."""
+    then: tuple[Priority, int] | None = None
+    """It has been asked for since, when nothing of the record was left to take up: the class, and when it is due."""
 
     @property
     def urgency(self) -> int:
@@ -79,12 +81,17 @@ class Pipeline:
         return queued + sum(
             transfer.fetch.read_bytes
             for transfer in self._in_flight.values()
-            if transfer.priority is not Priority.DEMAND and not transfer.given_up
+            if transfer.priority is not Priority.DEMAND and (not transfer.given_up or transfer.then is not None)
         )
 
     def is_in_flight(self, expert: ExpertId) -> bool:
         """Whether `expert` has a slot and its record is being read, or will be."""
         return expert in self._in_flight
+
+    def is_coming(self, expert: ExpertId) -> bool:
+        """Whether `expert` is in flight and has not been given up."""
+        transfer = self._in_flight.get(expert)
+        return transfer is not None and not transfer.given_up
 
     def demand(self, experts: Iterable[ExpertId]) -> None:
         """A step needs these experts, none of them resident, in this order. Starts nothing; see `pump`."""
@@ -109,12 +116,11 @@ class Pipeline:
     def _request(self, expert: ExpertId, priority: Priority, due: int = 0) -> None:
         transfer = self._in_flight.get(expert)
         if transfer is not None:
-            if priority < transfer.priority:
-                if not transfer.fetch.handle.promote() and transfer.given_up:
-                    transfer = transfer._replace(fetch=self._again(expert, transfer))
-                if transfer.given_up:
-                    self._layers[expert.layer].residency.take_up(expert)
-                self._in_flight[expert] = transfer._replace(priority=priority, given_up=False)
+            if transfer.given_up:
+                self._take_up(expert, transfer, priority, due)
+            elif priority < transfer.priority:
+                transfer.fetch.handle.promote(priority)
+                self._in_flight[expert] = transfer._replace(priority=priority)
             return
         for queued, queue in self._queues.items():
             if expert in queue:
@@ -122,6 +128,18 @@ class Pipeline:
                     return
                 del queue[expert]
         self._queues[priority][expert] = due
+
+    def _take_up(self, expert: ExpertId, transfer: _Transfer, priority: Priority, due: int) -> None:
+        """What was given up is wanted after all: the rest of its record, or all of it anew."""
+        if not transfer.fetch.handle.promote(priority):
+            if priority is not Priority.DEMAND:
+                # Nobody waits for it, so nobody is to wait for what is ending either.
+                then = (priority, due) if transfer.then is None else min(transfer.then, (priority, due))
+                self._in_flight[expert] = transfer._replace(then=then)
+                return
+            transfer = transfer._replace(fetch=self._again(expert, transfer))
+        self._layers[expert.layer].residency.take_up(expert)
+        self._in_flight[expert] = _Transfer(priority, transfer.fetch)
 
     def _again(self, expert: ExpertId, transfer: _Transfer) -> Fetch:
         """The whole record for one that was given up and is over, or as good as that."""
@@ -207,6 +225,8 @@ class Pipeline:
                     self.link.forget()
                     raise
                 layer.stats.failed_prefetches += not transfer.given_up
+                if transfer.then is not None:
+                    self.prefetch([expert], *transfer.then)
                 continue
             self._forget(expert)
             arrived.append(expert)
@@ -247,6 +267,9 @@ class Pipeline:
         for expert in experts:
             for queue in self._queues.values():
                 queue.pop(expert, None)
+            transfer = self._in_flight.get(expert)
+            if transfer is not None and transfer.then is not None:
+                self._in_flight[expert] = transfer._replace(then=None)
 
     def drain(self) -> None:
         """Cancel what has not started and wait for the rest: when this returns, nothing writes into any slot."""
@@ -267,6 +290,8 @@ class Pipeline:
         queued = [expert for queue in self._queues.values() for expert in queue]
         assert len(set(queued)) == len(queued), f"queued twice: {queued}"
         assert not self._in_flight.keys() & set(queued), f"queued and in flight: {queued}"
+        again = [expert for expert, one in self._in_flight.items() if one.then is not None and not one.given_up]
+        assert not again, f"in flight and to be read again: {again}"
         assert self.bytes_in_flight == sum(transfer.fetch.read_bytes for transfer in self._in_flight.values())
         for index, layer in self._layers.items():
             arriving = {expert for expert in self._in_flight if expert.layer == index}

@@ -69,11 +69,11 @@ class VirtualRead:
         self.ready = self.ended == self.begun
         return True
 
-    def promote(self) -> bool:
-        """Somebody waits for it now, given up or not; False if nothing of it is left to begin."""
-        if self.ready or self.begun == self.chunks or (self.priority is Priority.DEMAND and not self.is_given_up):
+    def promote(self, priority: Priority = Priority.DEMAND) -> bool:
+        """Raise it to a class, given up or not; False if nothing of it is left to begin, or not of a lower class."""
+        if self.ready or self.begun == self.chunks or (self.priority <= priority and not self.is_given_up):
             return False
-        self.priority, self.is_given_up = Priority.DEMAND, False
+        self.priority, self.is_given_up = priority, False
         self._machine.line_up(self)
         return True
 

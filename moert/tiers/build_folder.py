@@ -124,7 +124,9 @@ def building(
         yield folder
     finally:
         with contextlib.suppress(OSError):
-            os.rmdir(folder.path)  # where nothing has been put into it
+            # Where nothing has been put into it. Once it has its name, another process may have begun anew.
+            if os.path.samestat(os.fstat(lock), os.stat(folder.path)):
+                os.rmdir(folder.path)
         os.close(lock)
 
 
@@ -154,6 +156,11 @@ def manifest_bytes(manifest: dict[str, Any]) -> bytes:
 
 
 def _check_target(target: Path, manifest_name: str, overwrite: bool) -> None:
+    if os.path.ismount(target):
+        raise ConfigError(
+            f"{target} is where a file system is mounted, and cannot be given to a folder that is built beside it; "
+            f"give the name of a folder in it, as {target / 'pack'}"
+        )
     if _is_vacant(target):
         return
     if not target.is_dir():

@@ -129,10 +129,10 @@ class NativeHandle(ReadHandle):
             return self._again.give_up()
         return self._owner.give_up(self)
 
-    def promote(self) -> bool:
-        if self._settled or not self._owner.promote(self):
+    def promote(self, priority: Priority = Priority.DEMAND) -> bool:
+        if self._settled or not self._owner.promote(self, priority):
             return False
-        self.priority = Priority.DEMAND
+        self.priority = priority
         return True
 
 
@@ -303,8 +303,8 @@ class NativeReads:
             self.settle(handle)
         return True
 
-    def promote(self, handle: NativeHandle) -> bool:
-        return os.getpid() == self._pid and _C.reader_promote(self._reader, handle._record)
+    def promote(self, handle: NativeHandle, priority: Priority) -> bool:
+        return os.getpid() == self._pid and _C.reader_promote(self._reader, handle._record, priority)
 
     def sweep(self) -> bool:
         """Settle what is over though nobody has asked; whether nothing is under way any more."""

@@ -102,10 +102,11 @@ class ReadHandle(ABC):
         """
 
     @abstractmethod
-    def promote(self) -> bool:
-        """Make what is still to be begun of the record a demand: it goes behind the demands already queued.
+    def promote(self, priority: Priority = Priority.DEMAND) -> bool:
+        """Raise what is still to be begun of the record to a class: it goes behind what is queued of that already.
 
-        What has been given up is taken up again, if it is not over. False, and no change, where nothing is to be begun.
+        What has been given up is taken up again in that class, if it is not over. False, and no change, where nothing
+        is to be begun, or not of a lower class.
         """
 
 

@@ -82,8 +82,8 @@ class ThreadHandle(ReadHandle):
     def give_up(self) -> bool:
         return self._owner.cancel(self)
 
-    def promote(self) -> bool:
-        return self._owner.promote(self)
+    def promote(self, priority: Priority = Priority.DEMAND) -> bool:
+        return self._owner.promote(self, priority)
 
     def _run(self) -> None:
         whole = False
@@ -192,13 +192,13 @@ class ThreadReads:
             handle._settle(_State.CANCELLED, cancelled())
             return True
 
-    def promote(self, handle: ThreadHandle) -> bool:
+    def promote(self, handle: ThreadHandle, priority: Priority) -> bool:
         with self._lock:
-            if handle._state is not _State.QUEUED or handle.priority is Priority.DEMAND:
+            if handle._state is not _State.QUEUED or handle.priority <= priority:
                 return False
             self._queues[handle.priority].remove(handle)
-            handle.priority = Priority.DEMAND
-            self._queues[Priority.DEMAND].append(handle)
+            handle.priority = priority
+            self._queues[priority].append(handle)
             self._changed.notify()
             return True
 

@@ -399,6 +399,31 @@ void the_promoted_go_behind_the_demands() {
     CHECK(begun() == expected);
 }
 
+void what_is_raised_goes_to_its_class() {
+    Bench bench({1, 1});
+    shut();
+    const SharedRecord running = bench.submit(0, kSlot, 0, ReadClass::kPrefetch);
+    await_begun(1);
+    const SharedRecord guess = bench.submit(kSlot, kBlock, 1, ReadClass::kPrefetch),
+                       raised = bench.submit(kSlot + kBlock, kBlock, 2, ReadClass::kPrefetch),
+                       promotion = bench.submit(kSlot + 2 * kBlock, kBlock, 3, ReadClass::kPromotion),
+                       demand = bench.submit(kSlot + 3 * kBlock, kBlock, 4);
+    CHECK(bench.reader.promote(raised, ReadClass::kPromotion));
+    CHECK(!bench.reader.promote(raised, ReadClass::kPromotion) && !bench.reader.promote(raised, ReadClass::kPrefetch));
+    CHECK(!bench.reader.promote(promotion, ReadClass::kPromotion) &&
+          !bench.reader.promote(demand, ReadClass::kPrefetch));
+    // What is given up and taken up again goes behind all of its class.
+    CHECK(bench.reader.give_up(running) && bench.reader.promote(running, ReadClass::kPrefetch));
+    open_up();
+    for (const SharedRecord& record : {running, guess, raised, promotion, demand}) {
+        CHECK(wait_for(record) == ReadState::kWhole);
+    }
+    CHECK(bench.holds(0, 0, kSlot));
+    const std::vector<uint64_t> expected{0,      kSlot + 3 * kBlock, kSlot + 2 * kBlock, kSlot + kBlock, kSlot,
+                                         kChunk, 2 * kChunk};
+    CHECK(begun() == expected);
+}
+
 void promotion_uses_lanes_that_guesses_may_not() {
     Bench bench({3, 1});
     shut();
@@ -713,7 +738,10 @@ void nothing_is_lost_between_threads(int rounds) {
                     wanted.push_back(
                         {bench.reader.submit({file.part(offset, nbytes, memory.slots[slot])}, nbytes, kind, after),
                          &file, offset, nbytes, followed});
-                    if (random() % 4 == 0) bench.reader.promote(wanted[random() % wanted.size()].record);
+                    if (random() % 4 == 0) {
+                        bench.reader.promote(wanted[random() % wanted.size()].record,
+                                             static_cast<ReadClass>(random() % 3));
+                    }
                     if (random() % 8 == 0) bench.reader.cancel(wanted[random() % wanted.size()].record);
                     if (random() % 8 == 0) bench.reader.give_up(wanted[random() % wanted.size()].record);
                     if (random() % 16 == 0) bench.reader.set_lanes(file.identity.device, {1 + int(random() % 5), 1});
@@ -756,6 +784,7 @@ int main(int argc, char** argv) {
     only_what_has_not_begun_is_cancelled();
     what_is_given_up_is_read_no_further();
     the_promoted_go_behind_the_demands();
+    what_is_raised_goes_to_its_class();
     promotion_uses_lanes_that_guesses_may_not();
     interrupted_and_short_reads_go_on();
     a_failure_says_where_and_spares_the_others();
