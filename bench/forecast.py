@@ -27,6 +27,7 @@ import typer
 from report import machine as about_machine
 from rich.console import Console
 from rich.table import Table
+from start import start_with
 
 import moert
 from moert.calibration import CalibratedMachine, Calibration, Measured
@@ -38,6 +39,7 @@ from moert.hf.calibrating import calibrate
 from moert.hf.model_needs import read_needs
 from moert.hf.text import hush
 from moert.simulate.timed import simulate_time
+from moert.torch_threads import wanted_settings
 from moert.trace import Trace, TraceWriter
 
 POLICY = "ema"
@@ -265,4 +267,5 @@ def main(
 
 
 if __name__ == "__main__":
+    start_with(wanted_settings())
     typer.run(main)

@@ -31,6 +31,7 @@ from look_ahead_live import Way, routing
 from report import machine
 from rich.console import Console
 from rich.table import Table
+from start import start_with
 
 import moert
 from moert.calibration.result import Calibration, from_dict
@@ -40,6 +41,7 @@ from moert.predictors.base import Model
 from moert.predictors.oracle import Oracle
 from moert.runtime.simulated import simulate_live
 from moert.simulate.timed import Timed
+from moert.torch_threads import wanted_settings
 from moert.trace import Phase, Trace
 
 PROMPT_TOKENS = 8
@@ -232,4 +234,5 @@ def main(
 
 
 if __name__ == "__main__":
+    start_with(wanted_settings())
     typer.run(main)

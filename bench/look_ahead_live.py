@@ -33,8 +33,10 @@ from diskspeed import measure
 from report import machine
 from rich.console import Console
 from rich.table import Table
+from start import start_with
 
 import moert
+from moert.torch_threads import wanted_settings
 from moert.trace import Phase, Sequence, Trace, TraceFile
 
 PROMPT = "The history of the city begins"
@@ -180,4 +182,5 @@ def main(
 
 
 if __name__ == "__main__":
+    start_with(wanted_settings())
     typer.run(main)

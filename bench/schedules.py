@@ -8,7 +8,9 @@ no launches, no contention between the link and the CPU. Rates of links and the 
 `COLUMNS`); what a layer takes besides its experts, an expert on the device and the rate of the CPU are fitted: so that
 the rows of LRU, of everything on the device and of the frozen hot set come out as in the reference column. All other
 rows follow. With this sample of MMLU-Pro the reference's hit rates, 39.2 % frozen and 72.9 % promoted, come out too, so
-it is the one that it was made with; that of DeepSeek-V2-Lite is not known, and its rows are further off.
+it is the one that it was made with. That of DeepSeek-V2-Lite is not known, and its rows are up to a tenth off: in the
+reference promotion leaves 83 to 85 % of the misses of the frozen set, whatever the fitted times are, and an EMA cache
+leaves 86 to 105 % of them for 600 tokens about any of 36 places in the files intent, law and summary.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ import typer
 from policies import open_trace
 from rich.console import Console
 from rich.progress import Progress
+from start import start_with
 from stdlib_text import load_split
 
 import moert
@@ -38,6 +39,7 @@ from moert.hf.recorded_hidden import record_hidden
 from moert.hf.recording import record
 from moert.hf.text import hush, load_tokenizer
 from moert.predictors.base import Need
+from moert.torch_threads import wanted_settings
 from moert.trace import TraceFile
 from moert.training.examples import Shares, Source, trace_hash
 from moert.training.hidden import HiddenFile, HiddenWriter
@@ -166,4 +168,5 @@ def main(
 
 
 if __name__ == "__main__":
+    start_with(wanted_settings())
     typer.run(main)

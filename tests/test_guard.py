@@ -196,6 +196,19 @@ def test_what_is_slower_for_32_steps_is_left() -> None:
     assert guard.switches == 1
 
 
+def test_a_few_slow_steps_are_no_reason_to_leave() -> None:
+    """Right after a trial, when little is known anew of the way in use."""
+    seconds = {"a": 1.0, "b": 1.04}
+    guard = Guard(("a", "b"))
+    was_trying = False
+    while guard.is_trying or not was_trying:
+        was_trying = guard.is_trying
+        guard.note(seconds[guard.way])
+    done = drive({"a": 1.2, "b": 1.04}, 2 * PATIENCE, guard)
+    assert done.index("b") == PATIENCE
+    assert done[-1] == "b"
+
+
 def test_trials_cost_half_a_percent_at_most() -> None:
     seconds = {"a": 1.0, "b": 40.0}
     done = drive(seconds, 50_000)[WARM:]

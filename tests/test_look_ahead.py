@@ -17,6 +17,7 @@ from moert.hf.model import runtime_of
 from moert.policies import make_policy, policy_names
 from moert.predictors.base import Prediction, Predictor
 from moert.residency import Residency
+from moert.runtime.link import Link
 from moert.runtime.look_ahead import MOST_TOKENS, LookAhead
 from moert.runtime.pipeline import Pipeline
 from moert.runtime.step import run_step
@@ -268,3 +269,74 @@ def test_nobody_measures_layers_that_need_nothing() -> None:
             pass
 
     assert not LookAhead(Passes(), rig.layers, rig.pipeline).rest(), "its calls are held against the layers' times"
+
+
+class Idle:
+    """Idle times that are what the test says."""
+
+    def __init__(self, tail_s: float = 0.0, until_s: float = 0.0) -> None:
+        self.tail_s, self.until_s = tail_s, until_s
+
+    def begin(self, layer: int, now: float, drained: float) -> None:
+        return
+
+    def enter(self, layer: int, now: float) -> None:
+        return
+
+    def until(self, layer: int) -> float:
+        return self.until_s
+
+    def after(self, layer: int, waits: bool) -> float:
+        return 0.0 if waits else self.tail_s
+
+
+def test_no_more_is_asked_for_than_there_is_room_for() -> None:
+    rig = Rig(capacity=2)
+    rig.expect([5, 2, 7])
+    rig.step(0, [0])
+    assert rig.reading(1) == {2, 5}
+    assert rig.pipeline.bytes_ahead == 2 * rig.layers[1].read_bytes(0)
+
+
+def test_what_is_on_its_way_takes_its_part_of_the_idle_time() -> None:
+    rig = Rig()
+    rig.expect([5, 2])
+    rig.step(0, [0])
+    assert rig.reading(1) == {2, 5}
+    rig.pipeline.link = Link()
+    rig.pipeline.link.demand(0.0)
+    rig.pipeline.link.arrive(rig.layers[1].read_bytes(0), True, 1.0)
+    for idle_s, asked in ((2.5, 2), (2.9, 3)):
+        rig.ahead._idle = Idle(until_s=idle_s)  # type: ignore[assignment]
+        rig.script.entry = Prediction(1, [5, 2, 6], [0, 1, 2])
+        rig.ahead.enter(1, HIDDEN)
+        assert rig.pipeline.bytes_ahead == asked * rig.layers[1].read_bytes(0), "one more, if half of it is hidden"
+
+
+def test_the_link_has_waited_for_once_an_event_is_in_between() -> None:
+    rig = Rig()
+    rig.ahead._idle = Idle(tail_s=3.0)  # type: ignore[assignment]
+    assert rig.ahead._idle_until(0, 1) == 3.0
+    assert rig.ahead._idle_until(0, 3) == 3.0
+
+
+def test_among_residents_that_are_about_as_unlikely_the_policy_says_who_leaves() -> None:
+    for chances, left in (([0.32, 0.30], 0), ([0.50, 0.30], 1), ([0.30, 0.50], 0)):
+        rig = Rig(capacity=2)
+        rig.step(1, [0])
+        rig.step(1, [1])
+        every = [*chances, *[0.9 if expert == 5 else 0.0 for expert in range(2, E)]]
+        rig.script.next = [Prediction(1, [5], [0], [0.9], every)]
+        rig.step(0, [0])
+        assert rig.reading(1) == {5}
+        assert ExpertId(1, left) not in rig.layers[1].residency
+        assert ExpertId(1, 1 - left) in rig.layers[1].residency
+
+
+def test_tokens_are_compared_with_steps_of_as_many() -> None:
+    rig = Rig()
+    noted: list[float] = []
+    rig.ahead._trial.note = noted.append  # type: ignore[method-assign]
+    for n_tokens, count in ((1, 0), (1, 1), (3, 1), (1, 1), (1, 2), (MOST_TOKENS + 1, 2), (MOST_TOKENS + 1, 2)):
+        rig.ahead.begin(0, {ExpertId(0, 0)}, n_tokens)
+        assert len(noted) == count

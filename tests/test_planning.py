@@ -21,7 +21,7 @@ from moert.hf.model_needs import read_needs
 from moert.plan import LayerNeed, plan_slots
 from moert.planning.forecast import Placement, decode_speed, prefill_speed, typical_hits, uniform_hits
 from moert.planning.machine import Machine, load_machine, machine_names, read_machine
-from moert.planning.memory import WORKSPACE_BYTES, lay_out
+from moert.planning.memory import STAGED_SLOTS, WORKSPACE_BYTES, lay_out
 from moert.planning.model import CacheLayer, ModelNeeds
 from moert.runtime import building, sizing
 from moert.runtime.host_tier import HostTier
@@ -246,6 +246,20 @@ def test_decode_by_hand() -> None:
     assert none.bottleneck == "disk"
 
 
+@pytest.mark.parametrize(("on_device", "in_host"), [(2, 8), (4, 12), (8, 8), (4, 16)])
+def test_with_a_device_what_neither_memory_has_is_read(on_device: int, in_host: int) -> None:
+    """An expert is missing from both as often as from the larger one, which has what the smaller one has."""
+    needs = needs_of(slot_bytes=10**6, dense=10**6, kv=0)
+    machine = machine_of(
+        disk_bytes_per_s=1e8, device_memory_bytes=1e9, device_bytes_per_s=1e11, device_flops=1e13, link_bytes_per_s=1e10
+    )
+    placement = Placement((in_host,) * 4, (on_device,) * 4)
+    found = decode_speed(needs, machine, placement, context=1, batch=1, hits=uniform_hits)
+    picks = needs.layers[0].top_k
+    assert found.busy["disk"] == pytest.approx(4 * picks * (1 - in_host / 16) * 0.01)
+    assert found.hit_rate == pytest.approx(on_device / 16)
+
+
 def test_prefill_reads_each_expert_once() -> None:
     needs = needs_of(slot_bytes=10**6, dense=10**6, kv=0)
     machine = machine_of(disk_bytes_per_s=1e8)
@@ -325,6 +339,8 @@ def test_nothing_is_planned_that_does_not_fit(
     main = found.device or found.host
     assert (main.dense_bytes, main.cache_bytes) == (needs.dense_bytes, cache)
     assert main.available_bytes >= smallest
+    if found.device is not None:
+        assert found.device.staging_bytes == STAGED_SLOTS * (slot_mb << 20) > 0
     if budget is not None:
         assert budget.nbytes is not None
         assert found.host.expert_bytes <= budget.nbytes

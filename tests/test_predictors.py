@@ -15,7 +15,7 @@ from moert.hf.router_weights import find_routers
 from moert.predictors._ranking import rank
 from moert.predictors.base import Model, Router
 from moert.predictors.gate_ahead import GateAhead
-from moert.predictors.gate_ahead_corrected import GateAheadCorrected
+from moert.predictors.gate_ahead_corrected import GateAheadCorrected, _Channels
 
 D, E, K = 16, 12, 3
 
@@ -169,3 +169,12 @@ def test_without_routers_the_picks_alone_are_gone_by(tiny_olmoe: Path, monkeypat
         assert ahead._predictor.scores(1, 1) is not None, "it has been told what was picked"
     with moert.load(tiny_olmoe, host_memory="50%", predictor="none") as model:
         assert torch.equal(model.generate(torch.tensor([[3, 1, 4]]), max_new_tokens=12, do_sample=False), found)
+
+
+def test_corrected_learns_the_gain_and_the_offset_of_each_channel_from_many_tokens() -> None:
+    gain, offset = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.0, 3.0, -7.0])
+    channels = _Channels(3)
+    for seed in range(3):
+        source = torch.randn(64, 3, generator=torch.Generator().manual_seed(seed))
+        channels.learn(source, source * gain + offset)
+        assert channels.apply(source) == pytest.approx(source * gain + offset, abs=1e-4)

@@ -293,6 +293,17 @@ def test_joint_of_several_tokens_is_that_some_token_needs_it() -> None:
     assert predictor.scores(1) == pytest.approx(1 - np.prod([1 - chance for chance in chances], axis=0), abs=0.02)
 
 
+def test_joint_counts_tokens_ahead_from_the_pass_that_runs() -> None:
+    model = a_model(2, 8, 2)
+    predictor = make_predictor("joint", model, ())
+    for token in random_picks(300, model):
+        tell(predictor, token)
+    one, two = (np.array(predictor.scores(1, tokens)) for tokens in (1, 2))
+    assert one != pytest.approx(two, abs=1e-3)
+    predictor.begin_pass(1)
+    assert predictor.scores(1, 1) == pytest.approx(two), "nothing is known yet of the pass that has begun"
+
+
 def test_joint_learns_a_rule_and_unlearns_it() -> None:
     """Layer 1 chooses what layer 0 chose, moved by 1; later by 3."""
     model = a_model(2, 16, 1)

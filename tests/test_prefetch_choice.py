@@ -64,6 +64,7 @@ def test_what_is_read_in_idle_time_costs_nothing_and_what_is_not_delays_others()
     assert worth_reading([Wanted(e(1), 0.6, 1.0), Wanted(e(2), 0.9, 1.0), Wanted(e(3), 0.6, 1.0)], 1.5) == [e(2), e(1)]
     small_first = [Wanted(e(1), 0.6, 2.0), Wanted(e(2), 0.6, 0.5)]
     assert worth_reading(small_first, 1.0) == [e(2)]
+    assert worth_reading([Wanted(e(1), 0.9, 2.0), Wanted(e(2), 1.0, 0.5)], 2.0) == [e(2), e(1)], "the most in a second"
 
 
 def test_impact_is_what_the_event_becomes_shorter_by() -> None:

@@ -79,6 +79,16 @@ def test_what_has_begun_goes_on_and_the_next_one_is_the_best_of_all_layers() -> 
     assert promotion.next_chunk() == expert(1, 1)
 
 
+def test_the_layer_with_the_most_gain_is_first_and_of_equal_ones_the_earlier() -> None:
+    promotion = Promotion()
+    for layer, uses in ((0, 8), (1, 30), (2, 30)):
+        used(promotion, {0: 1, 1: uses}, layer=layer)
+        promotion.offer(layer, [expert(1, layer)], expert(0, layer))
+    assert promotion.next_chunk() == expert(1, 1)
+    carry(promotion)
+    assert promotion.next_chunk() == expert(1, 2)
+
+
 def test_no_more_arrive_than_are_staged() -> None:
     promotion = Promotion(staged=1)
     used(promotion, {0: 1, 1: 8, 2: 9})
@@ -100,6 +110,14 @@ def test_a_small_gain_is_not_worth_it() -> None:
     assert promotion.next_chunk() == expert(1)
 
 
+def test_only_the_latest_event_of_a_layer_has_candidates() -> None:
+    promotion = Promotion()
+    used(promotion, {0: 1, 1: 8})
+    promotion.offer(0, [expert(1)], expert(0))
+    promotion.offer(0, [], expert(0))
+    assert promotion.next_chunk() is None
+
+
 def test_what_lost_its_worth_on_the_way_is_given_up() -> None:
     promotion = Promotion()
     used(promotion, {0: 2, 1: 9})
@@ -109,6 +127,18 @@ def test_what_lost_its_worth_on_the_way_is_given_up() -> None:
     used(promotion, {0: 60})
     assert not list(promotion.install(lambda _: expert(0)))
     assert promotion.finished == 1
+
+
+def test_on_arrival_too_a_small_gain_is_not_worth_it() -> None:
+    promotion = Promotion(hysteresis=0.05)
+    used(promotion, {0: 5, 1: 9})
+    promotion.offer(0, [expert(1)], expert(0))
+    assert promotion.next_chunk() == expert(1)
+    carry(promotion)
+    while promotion.rate(expert(1)) > promotion.rate(expert(0)) + 0.03:
+        promotion.observe([expert(0)])
+    assert promotion.rate(expert(1)) > promotion.rate(expert(0))
+    assert not list(promotion.install(lambda _: expert(0)))
 
 
 def test_locked_ones_stay_where_they_are() -> None:

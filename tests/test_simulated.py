@@ -102,6 +102,16 @@ def test_the_future_is_read_while_nobody_waits(layer_s: float, predict_s: float,
     assert told.read_ahead == 0
 
 
+def test_what_is_read_for_nothing_is_in_the_bound_of_the_own_reads() -> None:
+    costs = Costs(Curve.constant(0.1), read_s=1.0)
+    how = {"layer_s": 0.9, "expert_bytes": CHUNK_BYTES, "predictor": "oracle,accuracy=0.5", "predict_s": 0.0}
+    found = simulate_live(never_twice(200, 100), "lru", 2, costs, **how)
+    for_nothing = found.read_ahead - found.forwarded
+    assert for_nothing > 10
+    assert found.own_bound_s == pytest.approx(found.fetched + for_nothing, abs=2)
+    assert found.bound_s + 10 < found.own_bound_s <= found.seconds
+
+
 def test_reads_beside_other_work_slow_both_down() -> None:
     costs = Costs(Curve.constant(0.5), read_s=1.0, cpu_slowdown=1.5, read_slowdown=2.0)
     found = simulate_live(

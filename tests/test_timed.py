@@ -180,6 +180,31 @@ def test_a_fetch_waits_for_the_chunk_that_is_on_its_way() -> None:
     assert without.seconds == 13
 
 
+def test_what_arrives_while_the_cpu_computes_is_there_for_the_next_event() -> None:
+    """The CPU has 1 from 1 to 7; the link, which is free meanwhile, brings it."""
+    costs = Costs(Curve.constant(6), Curve.constant(1), move_s=6)
+    found = simulate_time(trace_of([4], [[[1]], [[1]]], top_k=1), "ema", 1, costs, layer_s=1, promotion=Promotion())
+    assert (found.event_hits, found.promoted, found.seconds) == ((0, 1), 1, 1 + 6 + 1 + 1)
+
+
+def test_the_most_valuable_is_fetched_and_a_promotion_of_it_is_over() -> None:
+    """Of one miss the CPU has it (4); of two one is fetched (6.6): the one that was used before, half promoted by
+    then."""
+    costs = Costs(Curve.constant(4), Curve.constant(0.5), move_s=6.6)
+    for first, both in ((1, [1, 2]), (2, [1, 2])):
+        trace = trace_of([4], [[[first]], [both], [[first][:1]]], top_k=2)
+        found = simulate_time(trace, "ema", 2, costs, layer_s=0.2, promotion=Promotion(chunks=3))
+        assert (found.fetched, found.promoted, found.event_hits) == (1, 0, (0, 0, 1)), first
+
+
+def test_what_the_policy_does_not_want_passes_through() -> None:
+    costs = Costs(Curve.constant(4), Curve.constant(1), move_s=6)
+    trace = trace_of([3], [[[0]], [[1]], [[0]]], top_k=1)
+    for policy, hits in (("min_bypass", (1, 0, 1)), ("lru", (1, 0, 0))):
+        found = simulate_time(trace, policy, 1, costs, scheduler="fetch_all", residents=[ExpertId(0, 0)])
+        assert found.event_hits == hits
+
+
 def test_the_bounds_know_that_many_reads_may_take_less_each() -> None:
     """Events of 4 misses, and one of 1 miss: the disk is busy for 4 * 0.25 s in each, and 1 s in the last."""
     costs = Costs(Curve.constant(0.001), read_s=1.0, read_few=2, read_many_s=0.25)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moert.trial import BLOCK, LONGEST_REST, REST, Trial
+from moert.trial import BLOCK, LONGEST_REST, REST, SETTLING, Trial
 
 
 def run(trial: Trial, tokens: int, gain: float, noise: float = 0.0, seed: int = 0, drift: float = 0.0) -> list[bool]:
@@ -130,6 +130,23 @@ def test_what_is_slower_outright_is_not_tried_to_the_end(usual: bool) -> None:
     assert trial.is_on is usual
     done = run(trial, 4 * LONGEST_REST, 0.5 if usual else -0.9)
     assert 0 < done.count(not usual) <= 20 * done.count(usual) / REST
+
+
+def test_the_first_tokens_of_a_turn_do_not_count() -> None:
+    trial, in_turn, was_on = Trial(), 0, True
+    for _ in range(5 * BLOCK):
+        in_turn = in_turn + 1 if trial.is_on is was_on else 1
+        was_on = trial.is_on
+        changes = 2.0 if trial.is_trying and in_turn <= SETTLING else 1.0
+        trial.note(changes * (1.0 if trial.is_on else 0.9))
+    assert not trial.is_on
+
+
+def test_a_machine_that_has_become_slower_ends_no_trial() -> None:
+    trial = Trial()
+    for token in range(5 * BLOCK):
+        trial.note((1.0 if token < BLOCK else 1.5) * (1.0 if trial.is_on else 0.9))
+    assert not trial.is_on
 
 
 @given(st.lists(st.floats(0, 1e6), max_size=800))

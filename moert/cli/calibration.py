@@ -131,7 +131,7 @@ def rows(known: Known) -> list[tuple[str, str]]:
                 [f"{_ms(found.token)} for a token", *(f"{_ms(found.rest[n])} for a prompt of {n}" for n in prompts)]
             ),
         ),
-        ("the device", "not measured: this version computes experts on the CPU"),
+        ("the device", "not measured; the first step on one times an expert there, on the link and on the CPU"),
         ("kept in", str(known.path)),
     ]
     if found.unsteady:

@@ -23,7 +23,7 @@ from moert.runtime.step import run_step
 from moert.runtime.virtual import VirtualLayer, VirtualMachine
 from moert.schedule import Costs
 from moert.simulate.ahead import by_pass
-from moert.simulate.bound import bounds
+from moert.simulate.bound import bounds, least_read_s
 from moert.simulate.capacity import expert_sizes, parse_capacity, plan_caches
 from moert.simulate.events import Count, Reading, TraceSource, open_trace
 from moert.simulate.run import EventSource, scores_matter
@@ -110,6 +110,9 @@ def simulate_live(
     bound_s, own_bound_s = bounds(
         source, capacity, by_layer, run.events * layer_s, accesses, run.misses, expert_bytes=expert_bytes
     )
+    if run.records > run.misses:
+        # A read that ends in what counts may have begun before it.
+        own_bound_s = max(own_bound_s, min(run.seconds, least_read_s(by_layer) * run.records))
     return Timed(
         scheduler="exact",
         policy=policy,
@@ -257,6 +260,8 @@ class _Run:
         self.shows_scores = False
         """Whether policies are shown the router's scores."""
         self.tokens = self.events = self.hits = self.misses = self.forwarded = self.reads = 0
+        self.records = 0.0
+        """Read while tokens counted, for whoever waited and ahead of time; what was begun of one is its part."""
         self.seconds = self.disk_s = self.thought_s = 0.0
         self.event_hits: list[int] = []
 
@@ -292,10 +297,11 @@ class _Run:
                 self._step(index, one)
             if one.counted:
                 after = (machine.now, machine.disk_s, machine.thought_s, *self._sums())
-                seconds, disk_s, thought_s, *counts = (b - a for a, b in zip(before, after, strict=True))
+                seconds, disk_s, thought_s, records, *counts = (b - a for a, b in zip(before, after, strict=True))
                 self.seconds += seconds
                 self.disk_s += disk_s
                 self.thought_s += thought_s
+                self.records += records
                 hits, misses, forwarded, reads = map(int, counts)
                 self.hits += hits
                 self.misses += misses
@@ -303,9 +309,11 @@ class _Run:
                 self.reads += reads
                 self.tokens += one.counted
 
-    def _sums(self) -> tuple[int, int, int, int]:
+    def _sums(self) -> tuple[float, int, int, int, int]:
+        """Records, hits, misses, those that had been asked for before, and reads asked for, so far."""
         stats = [layer.stats for layer in self.layers]
         return (
+            sum(layer.stats.bytes_read / layer.read_bytes(0) for layer in self.layers),
             sum(one.hits for one in stats),
             sum(one.misses for one in stats),
             sum(one.forwarded for one in stats),

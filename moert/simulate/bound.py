@@ -29,12 +29,17 @@ def bounds(
         min((one.cpu for one in costs), key=lambda curve: curve(1)),
         None if costs[0].device is None else min((one.device for one in costs if one.device), key=lambda c: c(1)),
         move_s=min(one.move_s for one in costs),
-        read_s=min(one.read_s if one.read_few is None else min(one.read_s, one.read_many_s) for one in costs),
+        read_s=least_read_s(costs),
     )
     return (
         least_seconds(accesses=accesses, misses=fewest, other_s=other_s, costs=least),
         least_seconds(accesses=accesses, misses=misses, other_s=other_s, costs=least),
     )
+
+
+def least_read_s(costs: Sequence[Costs]) -> float:
+    """The least that a record takes the disk, of any layer, in events with few reads or many."""
+    return min(one.read_s if one.read_few is None else min(one.read_s, one.read_many_s) for one in costs)
 
 
 def least_seconds(*, accesses: int, misses: int, other_s: float, costs: Costs) -> float:

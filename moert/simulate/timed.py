@@ -43,7 +43,8 @@ class Timed:
     bound_s: float
     """No policy and no schedule takes less (`moert.simulate.bound.least_seconds`)."""
     own_bound_s: float
-    """The same with this replay's own misses: what is above it is lost to scheduling, what is below to the policy."""
+    """The same with this replay's own misses, and what it has read ahead of time: what is above it is lost to
+    scheduling, what is below to the policy."""
     event_hits: tuple[int, ...]
     """Of each event, in order."""
     forwarded: int = 0
