@@ -21,12 +21,12 @@ from moert.runtime.device_tier import DeviceTier
 from moert.runtime.device_ways import PURE, Ways
 from moert.trace import Trace
 
-HYBRID, FETCHED = "hybrid", "all fetched"
+HYBRID, FETCHED, STATIC = "hybrid", "all fetched", "static split"
 WAYS = {
     HYBRID: ("exact", PURE, False),
     FETCHED: ("fetch_all", (), False),
     "all on the CPU": ("cpu_all", (), False),
-    "static split": ("static_split", (), False),
+    STATIC: ("static_split", (), False),
     "the device alone": ("fetch_all", (), True),
 }
 """Name -> scheduler, what a guard may leave it for, and whether the device runs single tokens by itself. All have the
@@ -121,7 +121,6 @@ def prompt_of(model: Any, setting: Setting, tokens: int) -> torch.Tensor:
 def decode(model: Any, prompt: torch.Tensor, tokens: int, until: float, look: Callable[[], Counts] | None) -> Decoded:
     """As many tokens as there is time for, but one."""
     found = Decoded()
-    # Not inference mode: the threads of a simulated device are not in it.
     with torch.no_grad():
         output = model(prompt, use_cache=True, logits_to_keep=1)
         following = output.logits[:, -1:].argmax(-1)
@@ -206,6 +205,7 @@ class Tiered:
             copied_bytes=counts.copied_bytes / n,
             read_bytes=counts.read_bytes / n,
             steps=dict(Counter(tier_of(self.model).counts.ways) - steps),
+            contention=tuple(tier_of(self.model).hosted.contention or ()),
             greedy=found.greedy,
         )
 

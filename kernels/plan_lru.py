@@ -171,8 +171,7 @@ def plan_lru(
         ids: [T, K] int32 or int64; numbers outside 0 to E - 1 are no experts.
         passing: the event may have more experts than there are slots; see `Plan.rounds`.
         reach: which experts can be copied, of a pass that may be void; None: all.
-        split: some misses are left to the CPU: those of the higher ids. They get no slot, nobody leaves for them,
-            and they count as every use in the log; None: all come.
+        split: some misses are left to the CPU, those of the higher ids; None: all come.
 
     Returns:
         New memory.

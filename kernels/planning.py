@@ -41,7 +41,10 @@ class Residents:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """How many of an event's misses come, where the CPU computes the others; on the device."""
+    """How many of an event's misses come, where the CPU computes the others; on the device.
+
+    Those that do not come get no slot, nobody leaves for them, and they count as every use.
+    """
 
     fetch_of: torch.Tensor
     """int32 [R + 1]: of as many misses, so many come; R as in `Residents.log`. Below 0 is none, above that all."""

@@ -229,10 +229,35 @@ def test_a_device_without_memory_for_it_leaves_it_to_the_host(
 ) -> None:
     model, tier = planned()
     calls = third_step_finds_no_memory(tier, monkeypatch)
-    same(generate(model), wanted)
+    with pytest.warns(RuntimeWarning, match="no memory: the device cannot run single tokens by itself") as found:
+        same(generate(model), wanted)
     assert len(calls) > 3
+    assert len(found) == 1
     tier.settle()
     check_rows(tier)
+
+
+def test_no_memory_for_what_it_plans_with_is_no_end(
+    wanted: Any, planned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moert.runtime.device_planned.make_planner", full)
+        model, tier = planned()
+        assert "CUDA out of memory" in str(tier.planned.why_not)
+        same(generate(model), wanted)
+    # Or when it is to begin, until there is some.
+    model, tier = planned()
+    with monkeypatch.context() as patch:
+        patch.setattr("moert.kernels.copy_rows.scattered_table", full)
+        with pytest.warns(RuntimeWarning, match="no memory for its tables: CUDA out of memory") as found:
+            same(generate(model), wanted)
+        assert len(found) == 1
+        assert PLANNED not in tier.counts.ways
+    same(generate(model), wanted)
+    assert tier.counts.ways[PLANNED] == 5 * LAYERS
 
 
 def test_an_interrupt_costs_no_token(wanted: Any, planned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

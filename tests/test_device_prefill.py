@@ -87,6 +87,10 @@ def test_launches_are_of_a_quarter_of_the_rows_and_of_residents_in_between() -> 
     assert max(hits for _, hits in launches) == 1
 
 
+def test_whole_layers_from_three_picks_for_each_expert_on() -> None:
+    assert PICKS_OF_EACH == 3
+
+
 @pytest.mark.parametrize("more", [0, -1])
 def test_the_next_layer_is_copied_ahead_from_three_picks_for_each_expert_on(more: int) -> None:
     prompts = Prompts(num_experts=64, top_k=4, device_slots=8)

@@ -195,6 +195,32 @@ def test_whichever_layer_misses_first_the_host_learns_of_each_event_once(at: int
     same(found[True], found[False])
 
 
+def test_the_host_tier_s_policy_learns_what_was_taken_from_it(loaded: Callable[..., Any]) -> None:
+    """Of each stay with the device the experts that had no slot when it began, once."""
+    model, tier, _ = loaded(host_memory="100%", device_memory="25%")
+    chosen = choices(make())
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    decode(model, cache, tokens=())
+    told: list[list[list[int]]] = [[] for _ in range(LAYERS)]
+    before = []
+    for layer, events in enumerate(told):
+        policy = tier.caches[layer].host.cache.residency.policy
+        policy.access = lambda e, a=policy.access, to=events: to.append([one.expert for one in e]) or a(e)  # type: ignore[method-assign]
+        before.append({one.expert for one in tier.caches[layer].residency.residents})
+    with torch.inference_mode():
+        for token in TOKENS:
+            model(torch.tensor([[token]]), past_key_values=cache)
+    assert told == [[] for _ in range(LAYERS)]
+    tier.settle()
+    for layer, events in enumerate(told):
+        known, right = set(before[layer]), []
+        for of in chosen:
+            right.append(sorted(of[layer] - known))
+            known |= of[layer]
+        assert events == [event for event in right if event]
+        assert events
+
+
 def test_nobody_who_would_not_run_it_again_gets_a_pass_that_may_be_void(loaded: Callable[..., Any]) -> None:
     model, tier, forward = loaded()
     generate(model, n=4)

@@ -187,6 +187,20 @@ def test_page_locking_has_a_limit_and_copies_ask_for_it(device: SimulatedDevice)
     assert device.locked_bytes == 0
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_work_is_done_in_the_mode_of_who_asked_for_it(device: SimulatedDevice, mode: type) -> None:
+    seen = []
+    with mode():
+        asked = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        # Such a tensor of inference mode may be written to in that mode only.
+        there = torch.zeros(4, dtype=torch.uint8)
+        device.compute.launch(lambda: seen.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled())))
+        device.back.copy(there, pinned(device, 4), pageable=True)
+    device.synchronize()
+    assert seen == [asked]
+    assert there.tolist() == [7] * 4
+
+
 def test_an_error_in_a_launch_is_raised_by_who_waits(device: SimulatedDevice) -> None:
     def wrong() -> None:
         raise ZeroDivisionError("a kernel went wrong")

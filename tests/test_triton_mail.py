@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,11 @@ def pinned(nbytes: int) -> torch.Tensor:
 class Layer:
     """Experts on the CPU, and what they give."""
 
-    def __init__(self, dtype: torch.dtype, hidden: int = HIDDEN) -> None:
-        self.ffn = ExpertFfn(Gate("silu"), hidden, WIDTH, dtype)
+    def __init__(self, dtype: torch.dtype, hidden: int = HIDDEN, width: int = WIDTH, n_experts: int = EXPERTS) -> None:
+        self.ffn = ExpertFfn(Gate("silu"), hidden, width, dtype)
         self.experts: list[Expert] = []
-        for _ in range(EXPERTS):
-            tensors = {"up": torch.randn(2 * WIDTH, hidden) * 0.2, "down": torch.randn(hidden, WIDTH) * 0.2}
+        for _ in range(n_experts):
+            tensors = {"up": torch.randn(2 * width, hidden) * 0.2, "down": torch.randn(hidden, width) * 0.2}
             up, down = (matrix("plain", {name: tensor.to(dtype)}, name) for name, tensor in tensors.items())
             self.experts.append(self.ffn.expert(up, down))
         self.table = ExpertTable(self.ffn, self.experts)
@@ -138,6 +139,29 @@ def test_who_waits_in_vain_gives_up_and_says_so(case: Case) -> None:
     count = case.post(1, ids, weights, [3, 8])
     theirs = case.layers[1].sums(case.hidden, [3, 8], torch.full((2,), 0.25))
     assert torch.equal(case.collect(count), case.own + theirs)
+
+
+def test_an_answer_is_to_the_message_that_was_there_when_it_was_begun() -> None:
+    """One that comes meanwhile has another."""
+    layer, most, untouched = Layer(torch.float32, 2048, 2048, 1), 16, 7.0
+    letters = new_letters(2048, most, torch.float32, "cpu")
+    box = Mailbox(letters)
+    box.set_layer(0, layer.ffn, ExpertTable(layer.ffn, layer.experts))
+    letters.header.copy_(torch.tensor([0, most]))
+    letters.weights.fill_(0.5)
+    box.arm()
+    for number in (1, 3, 5):
+        letters.sums.fill_(untouched)
+        letters.posted.fill_(number)
+        deadline = time.monotonic() + 20
+        while float(letters.sums[0]) == untouched and time.monotonic() < deadline:
+            pass
+        # An expert of 50 MB is to be read 16 times: it is not done yet.
+        letters.posted.fill_(number + 1)
+        while box.messages <= number and time.monotonic() < deadline:
+            pass
+        assert (box.messages, int(letters.answered)) == (number + 1, number + 1)
+    box.close()
 
 
 def test_who_waits_for_one_that_is_closed_gives_up_at_once(case: Case) -> None:

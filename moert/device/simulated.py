@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
@@ -217,7 +218,9 @@ class SimulatedDevice(Device):
     def submit(self, lane: Lane, action: Callable[[], object], seconds: float, **details: object) -> Done:
         """For the streams."""
         self.check()
-        work = Work(lane, next(self._numbers), action, seconds, **details)  # type: ignore[arg-type]
+        prepare = details.pop("prepare", None)
+        details["prepare"] = None if prepare is None else _in_mode(prepare)  # type: ignore[arg-type]
+        work = Work(lane, next(self._numbers), _in_mode(action), seconds, **details)  # type: ignore[arg-type]
         self._engine.submit(work)
         return work.done
 
@@ -346,6 +349,16 @@ class _SimulatedGraph(Graph):
     def replay(self) -> None:
         self._device.compute.launch(self._tape.replay)
         self._device.compute.record().wait()
+
+
+def _in_mode(action: Callable[[], object]) -> Callable[[], object]:
+    """It, in the modes of torch that its caller is in now, on whichever thread: a GPU's kernels know none."""
+    return functools.partial(_run_in_mode, action, torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+
+
+def _run_in_mode(action: Callable[[], object], is_inference: bool, has_grad: bool) -> object:
+    with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad):
+        return action()
 
 
 def _nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 import weakref
 from typing import Any
@@ -34,7 +35,7 @@ class GraphedForward(OwnForward):
     over the cache as it was: where that cannot be, because somebody looks at what happens within it, the device runs
     none.
 
-    For `generate(cache_implementation="static")`, or any `StaticCache`.
+    For `generate(cache_implementation="static")`, or any `StaticCache`. Threads take turns, pass by pass.
     """
 
     def __init__(self, module: nn.Module, runtime: OffloadRuntime) -> None:
@@ -44,6 +45,7 @@ class GraphedForward(OwnForward):
         # `generate` looks at what a model takes.
         self.__signature__ = inspect.signature(module.forward)
         self._names = list(self.__signature__.parameters)
+        self._turn = threading.RLock()
         self._signature: tuple[Any, ...] | None = None
         self._seen = 0
         self._pass: _Pass | None = None
@@ -60,6 +62,13 @@ class GraphedForward(OwnForward):
         """As the class's forward."""
         module = self.module()
         own = type(module).forward
+        if is_recorded():
+            return own(module, *args, **kwargs)
+        # Between its beginning and the question whether it was void a pass must be the only one.
+        with self._turn:
+            return self._call(module, own, args, kwargs)
+
+    def _call(self, module: nn.Module, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args and len(args) <= len(self._names):
             kwargs |= dict(zip(self._names, args, strict=False))
             args = ()
@@ -77,10 +86,11 @@ class GraphedForward(OwnForward):
         # All of a cache that is not written anew at the same places.
         lengths = [layer.cumulative_length for layer in cache.layers]
         before = torch.stack(lengths) if self._runtime.may_miss else None
+        output = None
         if self._pass is not None and self.is_on and self._pass.holds:
-            self.replayed += 1
             output = self._pass.run(kwargs)
-        else:
+            self.replayed += output is not None
+        if output is None:
             output = own(module, **kwargs)
             self._seen += self._runtime.is_planning
         if self._runtime.is_void():
@@ -98,7 +108,7 @@ class GraphedForward(OwnForward):
         return not has_global and not any(map(_has_hooks, module.modules()))
 
     def _is_usual(self, module: nn.Module, arguments: dict[str, Any]) -> bool:
-        if module.training or torch.is_grad_enabled() or is_recorded():
+        if module.training or torch.is_grad_enabled():
             return False
         ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
         return (
@@ -132,6 +142,7 @@ class _Pass:
             OutOfDeviceMemoryError: there is no memory for it.
         """
         cache = arguments["past_key_values"]
+        self._runtime = runtime
         self._cache = weakref.ref(cache)
         self._states = [_states(layer) for layer in cache.layers]
         # Written to at each replay, in whatever mode that is.
@@ -171,9 +182,10 @@ class _Pass:
         return True
 
     def run(self, arguments: dict[str, Any]) -> Any:
-        """Do the pass; the output is new memory."""
+        """Do the pass; the output is new memory. None: the device does not run it by itself any more."""
         _copy(self._inputs, arguments)
-        self._graph.replay()
+        if not self._runtime.replay(self._graph):
+            return None
         output = _mapped(self._output, torch.Tensor.clone)
         output.update(dict.fromkeys(self._gives_cache, arguments["past_key_values"]))
         return self._kind(**output) if issubclass(self._kind, ModelOutput) else self._kind(output.values())

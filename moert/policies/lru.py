@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from moert.policies._queue import Queue
 from moert.policies.base import Policy
@@ -19,6 +19,10 @@ class LRU(Policy):
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self._queue = Queue(self.size)
+
+    def __iter__(self) -> Iterator[ExpertId]:
+        """The residents in the order in which they would leave."""
+        return iter(self._queue)
 
     def access(self, event: Sequence[ExpertId]) -> None:
         for expert in event:

@@ -13,6 +13,10 @@ from moert.plan import LayerNeed, least_bytes, plan_slots
 HEADROOM_BYTES = 256 << 20
 """For what torch keeps for itself, and the activations of the model's own layers."""
 
+GRAPH_BYTES = 96 << 20
+"""For a token's pass as a graph: the allocator keeps its tensors apart from all others, with a workspace for products
+of 32 MiB on some GPUs, and the driver what it knows of some thousand kernels. Reckoned, not measured."""
+
 FREE_SHARE = 0.9
 """Of what is left, how much experts take if nobody says: others may want some."""
 
@@ -29,11 +33,13 @@ class Besides:
     """Rows that experts come up in."""
     workspace_bytes: int = 0
     """Of the largest step."""
+    graph_bytes: int = 0
+    """Of a token's pass, where that may become one."""
     headroom_bytes: int = HEADROOM_BYTES
 
     @property
     def nbytes(self) -> int:
-        return self.dense_bytes + self.cache_bytes + self.staging_bytes + self.workspace_bytes + self.headroom_bytes
+        return sum(vars(self).values())
 
     def __str__(self) -> str:
         parts = {
@@ -41,6 +47,7 @@ class Besides:
             "KV cache": self.cache_bytes,
             "rows to come up in": self.staging_bytes,
             "workspace": self.workspace_bytes,
+            "graph": self.graph_bytes,
             "headroom": self.headroom_bytes,
         }
         return ", ".join(f"{format_bytes(nbytes)} {name}" for name, nbytes in parts.items() if nbytes)

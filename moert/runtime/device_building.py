@@ -14,7 +14,7 @@ from moert.formats import TensorSpec
 from moert.plan import LayerNeed
 from moert.policies import make_policy
 from moert.residency import Residency
-from moert.runtime.device_budget import Besides, device_slots
+from moert.runtime.device_budget import GRAPH_BYTES, Besides, device_slots
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_host import HostLayer, tensor_ranges
 from moert.runtime.device_kernels import LayerKernels, RowByRow
@@ -121,11 +121,13 @@ def build_tier(
     for layer in layers:
         groups.setdefault(layer.spec.stored, []).append(layer)
     spare = {specs: _spare_rows(group) for specs, group in groups.items()}
+    use_triton = device.torch_device.type == "cuda" if triton is None else triton
     besides = Besides(
         dense_bytes=share.dense_bytes,
         cache_bytes=share.cache_bytes,
         staging_bytes=sum(row_bytes(specs) * n for specs, n in spare.items()),
         workspace_bytes=max(_workspace_bytes(layer) for layer in layers),
+        graph_bytes=GRAPH_BYTES if use_triton and planned is not False and device.reads_host else 0,
     )
     if headroom_bytes is not None:
         besides = replace(besides, headroom_bytes=headroom_bytes)
@@ -133,7 +135,6 @@ def build_tier(
     slots = {layer.spec.index: n for layer, n in zip(layers, numbers, strict=True)}
     caches = _caches(runtime, device, groups, spare, slots)
     table = SlotTable(device, caches)
-    use_triton = device.torch_device.type == "cuda" if triton is None else triton
     kernels = [_kernels(device, cache, table, use_triton) for cache in caches]
     _warn_of_fallbacks(caches, kernels, use_triton)
     return DeviceTier(

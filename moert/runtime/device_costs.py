@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from moert.device.base import Device, OutOfDeviceMemoryError
+from moert.device.base import Device, Event, OutOfDeviceMemoryError
 from moert.runtime.compute import Compute, ExpertCompute
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_kernels import Inputs, LayerKernels
@@ -20,8 +22,31 @@ REPEATS = 5
 TOKENS = (1, 8)
 """How many tokens an expert is timed with; in between and beyond it is taken to go on as a straight line."""
 
+CALLS = 4
+"""How often an expert is to be computed while copies go on beside it..."""
+
+MOST_COPIES, SAMPLES = 32, 3
+"""...of which there are no more than that, so many times."""
+
 DISK_BYTES_PER_S = 2e9
 """Assumed of a disk; what is on it is read whoever computes it, so it decides little."""
+
+
+class Contention(NamedTuple):
+    """How many times as long something takes while the other is at work; both read host memory."""
+
+    move: float = 1.0
+    """Copying an expert while the CPU computes."""
+    cpu: float = 1.0
+    """The CPU's work on an expert while others are copied."""
+
+
+class Measured(NamedTuple):
+    """What an expert costs here."""
+
+    costs: Costs
+    """With the link and the CPU at work side by side, as a scheduler has them."""
+    contention: Contention
 
 
 def measure_costs(
@@ -33,14 +58,12 @@ def measure_costs(
     compute: Compute,
     width: int,
     dtype: torch.dtype,
-) -> Costs | None:
-    """Time one expert of a layer that is in host memory: copied, and computed on both sides. Blocks for some
-    milliseconds; leaves nothing behind. Hidden states are [T, `width`] in `dtype`.
+) -> Measured | None:
+    """Time one expert of a layer that is in host memory: copied, computed on both sides, and copied while the CPU
+    computes. Blocks for some milliseconds; leaves nothing behind. Hidden states are [T, `width`] in `dtype`.
 
     Returns:
         None if none of the layer's experts is in host memory now, or the device has no row or no memory to try one in.
-
-    The parts are timed one after the other, so what they take from each other is not in it: the `Guard` sees to that.
 
     Raises:
         DeviceLostError: the device is gone.
@@ -54,14 +77,14 @@ def measure_costs(
     try:
         stream = device.copies[Priority.DEMAND]
 
-        def move() -> None:
+        def start() -> Event:
             weights, buffer = pinned.source(cache.host.weights(expert), bank.specs, bank.row_bytes)
             event = bank.fill(row, stream, weights, pageable=buffer is not None and not buffer.is_pinned)
             if buffer is not None:
                 buffer.until = event
-            event.wait()
+            return event
 
-        move_s = _median(device, move)
+        move_s = _median(device, lambda: start().wait())
         on_device, cpu = [], []
         for tokens in TOKENS:
             hidden = torch.zeros(tokens, width, dtype=dtype)
@@ -81,12 +104,50 @@ def measure_costs(
 
             on_device.append(_median(device, run))
             cpu.append(_median(device, run_here))
+            if tokens == TOKENS[0]:
+                contention = _contention(device, start, run_here, move_s, cpu[0])
     except OutOfDeviceMemoryError:
         return None  # fewer tokens may fit
     finally:
         bank.give_back(row)
     read_s = spec.expert_bytes / DISK_BYTES_PER_S
-    return Costs(_curve(cpu), _curve(on_device), move_s=move_s, read_s=read_s)
+    beside = [seconds * contention.cpu for seconds in cpu]
+    costs = Costs(_curve(beside), _curve(on_device), move_s=move_s * contention.move, read_s=read_s)
+    return Measured(costs, contention)
+
+
+def _contention(
+    device: Device, start: Callable[[], Event], run_here: Callable[[], None], move_s: float, cpu_s: float
+) -> Contention:
+    """`start` starts one copy, `run_here` has the CPU compute; each takes so long alone."""
+    copies = min(MOST_COPIES, math.ceil(CALLS * cpu_s / move_s) + 1) if move_s > 0 else 1
+
+    def times(beside: Callable[[Event], None]) -> float:
+        begin = device.now()
+        for _ in range(copies - 1):
+            start()
+        beside(last := start())
+        last.wait()
+        return device.now() - begin
+
+    calls: list[float] = []
+
+    def compute(until: Event) -> None:
+        # The one under way when the copies are over does not count.
+        for _ in range(MOST_COPIES):
+            begin = device.now()
+            run_here()
+            if until.ready:
+                return
+            calls.append(device.now() - begin)
+
+    alone_s = statistics.median(times(lambda event: None) for _ in range(SAMPLES))
+    both_s = statistics.median(times(compute) for _ in range(SAMPLES))
+    if not calls or alone_s <= 0 or cpu_s <= 0:
+        return Contention()
+    # It is noticed that they are over when a call is, half of one later in the mean.
+    both_s -= statistics.median(calls) / 2
+    return Contention(max(1.0, both_s / alone_s), max(1.0, statistics.median(calls) / cpu_s))
 
 
 def _curve(seconds: list[float]) -> Curve:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
@@ -78,6 +78,11 @@ class HostLayer:
     def let_go(self, expert: ExpertId) -> None:
         if self._held is not None:
             self._held.let_go(expert)
+
+    def observe(self, event: Sequence[ExpertId]) -> None:
+        """Something else than a step has taken these experts from here, ascending; the policy is told."""
+        if event:
+            self.cache.residency.policy.access(event)
 
     def expect(self, experts: Collection[ExpertId]) -> int:
         """The next step is expected to need these, which are there: what is read until then takes the place of others.

@@ -14,7 +14,7 @@ from moert.runtime.compute import Compute, ExpertCompute, Fused, OneByOne, Scrat
 from moert.runtime.device_ahead import LayerAhead
 from moert.runtime.device_by_layer import ByLayer
 from moert.runtime.device_cache import DeviceCache
-from moert.runtime.device_costs import measure_costs
+from moert.runtime.device_costs import Contention, measure_costs
 from moert.runtime.device_counts import DeviceCounts
 from moert.runtime.device_kernels import Inputs, LayerKernels
 from moert.runtime.device_pinning import PinnedHost
@@ -62,6 +62,8 @@ class HostedSteps:
         self._transfers, self._pipeline = machinery.transfers, machinery.pipeline
         self.ways, self.counts = ways, counts
         self.costs = costs
+        self.contention: Contention | None = None
+        """What the link and the CPU take from each other; None: not measured."""
         self.promoting = Promoting(caches, self._transfers) if promoting else None
         self.ahead: LayerAhead | None = LayerAhead(caches, self._transfers)
         """None: while a prompt's layer is computed nothing is copied for the next one."""
@@ -77,7 +79,7 @@ class HostedSteps:
         next ones, as far as rows go."""
         host_ids, host_weights = self._device.to_host(ids), self._device.to_host(weights)
         whole = _Whole(host_ids.numel())
-        outs: list[torch.Tensor] = []
+        whole_out: torch.Tensor | None = None
         begin = 0
         try:
             while begin < len(hidden):
@@ -92,13 +94,16 @@ class HostedSteps:
                         continue
                     part = [tensor[:most] for tensor in left[:3]]
                     out = self._without_device(layer, compute, part, error)
-                outs.append(out)
+                if most < len(hidden):
+                    # Memory for one part more, and not for all of them twice.
+                    whole_out = torch.empty_like(hidden) if whole_out is None else whole_out
+                    whole_out[begin : begin + most] = out
                 begin += most
         except MoertError:
             self._transfers.demote(self._caches[layer].spec.index)
             raise
         self._end_step(layer, whole.misses)
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out if whole_out is None else whole_out
 
     def _halve(self, tokens: int, error: OutOfDeviceMemoryError) -> None:
         self.most_tokens = tokens // 2
@@ -200,7 +205,7 @@ class HostedSteps:
 
     def _known_costs(self, layer: int, compute: Compute, on_cpu: ExpertCompute, hidden: torch.Tensor) -> Costs:
         if self.costs is None:
-            self.costs = measure_costs(
+            measured = measure_costs(
                 self._device,
                 self._caches[layer],
                 self._kernels[layer],
@@ -210,6 +215,8 @@ class HostedSteps:
                 hidden.shape[1],
                 hidden.dtype,
             )
+            if measured is not None:
+                self.costs, self.contention = measured
         return self.costs or _UNKNOWN
 
     def _count(self, here: Sequence[int], fetched: Sequence[int], on_cpu: Sequence[int]) -> None:

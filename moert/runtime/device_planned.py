@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moert.device.base import Device
+from moert.device.base import Device, OutOfDeviceMemoryError
 from moert.runtime.device_addresses import HostAddresses
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_kernels import LayerKernels
@@ -104,11 +104,16 @@ class PlannedPasses:
 
         Raises:
             ValueError: host memory is not where kernels can read it; nothing has changed.
+            OutOfDeviceMemoryError: there is no memory for the tables; nothing has changed.
         """
         for of in self._layers.values():
             of.host.look()
             if of.table is None:
-                of.table = self._table_of(of)
+                try:
+                    of.table = self._table_of(of)
+                except torch.OutOfMemoryError as error:
+                    why = f"{self._device.name} has no memory for its tables: {error}"
+                    raise OutOfDeviceMemoryError(why) from error
         self.may_miss = not self.is_complete
         if self.sharing is not None and not self.may_miss:
             self.sharing.enter()
@@ -234,8 +239,12 @@ class PlannedPasses:
                 untold = sum(map(len, events[first:]))
                 events, uses = events[:first], uses - untold
                 cache.stats.hits -= untold
+            came = set(of.owners)
             for event in events:
                 cache.residency.policy.access(event)
+                # What has left since, and come again, is told once.
+                cache.host.observe([expert for expert in event if expert.expert not in came])
+                came.update(expert.expert for expert in event)
             owners = self._packed.here(of.planner.residents.owner).tolist()
             rows = {ExpertId(index, owner): row for owner, row in zip(owners, of.taken, strict=True) if owner >= 0}
             cache.take_over(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,8 @@ class PlannedWay:
         """Why the device will run no pass by itself; None: it may."""
         self.why_not_shared: str | None = "it was not asked for"
         """Why the CPU has no share of such passes; None: it may."""
+        self._is_said = False
+        """That there was no memory."""
         self._has_begun = False
         self._is_captured = False
         self._captured: Counter[int] = Counter()
@@ -58,14 +61,14 @@ class PlannedWay:
         """
         try:
             self._passes = PlannedPasses(device, caches, kernels, pinned, transfers)
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, OutOfDeviceMemoryError, torch.OutOfMemoryError) as error:
             self._never(str(error))
             return
         self._device, self.why_not = device, None
         if costs is not None:
             try:
                 self._passes.sharing = Sharing(device, caches, costs)
-            except ValueError as error:
+            except (ValueError, OutOfDeviceMemoryError, torch.OutOfMemoryError) as error:
                 self.why_not_shared = str(error)
             else:
                 self.why_not_shared = None
@@ -165,6 +168,9 @@ class PlannedWay:
         except ValueError as error:
             self._never(str(error))
             return False
+        except OutOfDeviceMemoryError as error:
+            self._say(error)
+            return False
         if not charged:
             self.ways.forget()
         return True
@@ -201,12 +207,23 @@ class PlannedWay:
             return self._passes.run(layer, hidden, ids, weights)
         try:
             out = self._passes.run(layer, hidden, ids, weights)
-        except OutOfDeviceMemoryError:
+        except OutOfDeviceMemoryError as error:
+            self._say(error)
             self._passes.abandon()
             self.ways.do_not_plan()
             return None
         self._count_steps([layer])
         return out
+
+    def _say(self, error: OutOfDeviceMemoryError) -> None:
+        if not self._is_said:
+            self._is_said = True
+            warnings.warn(
+                f"{error}: the device cannot run single tokens by itself while that is so, and the host decides about "
+                "them, which is slower; end what else uses the device, or give device_memory less",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _count_steps(self, layers: Sequence[int]) -> None:
         assert self._passes is not None

@@ -122,12 +122,9 @@ class LruPlanner(Planner):
         return plan_lru(self._state, ids, reach=reach, split=split)
 
     def begin(self, policy: Policy, residents: Mapping[ExpertId, int], free_rows: Sequence[int]) -> list[Copy]:
+        assert isinstance(policy, LRU)
         stamps = torch.zeros_like(self._state.stamps, device="cpu")
-        older: set[ExpertId] = set()
-        for stamp in range(len(residents)):
-            oldest = policy.victim(older)
-            stamps[residents[oldest]] = stamp
-            older.add(oldest)
+        stamps[[residents[expert] for expert in policy]] = torch.arange(len(residents), dtype=stamps.dtype)
         return [*self._tables(residents, free_rows), (self._state.stamps, stamps)]
 
 

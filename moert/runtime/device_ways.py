@@ -61,6 +61,7 @@ class Ways:
         self._alone = [*names, PLANNED]
         self._always = planned if isinstance(planned, str) else PLANNED if planned else None
         self._last: tuple[int, str, float] | None = None
+        self._kind = _PROMPT
         self._now = preferred
 
     @property
@@ -78,6 +79,11 @@ class Ways:
         """How often another way has become the one in use."""
         return sum(guard.switches for guard in self._guards.values())
 
+    @property
+    def _guard(self) -> Guard | None:
+        """That of the passes of this kind."""
+        return self._guards.get(self._kind) or self._guards.get(_TOKEN)
+
     def begin(self, tokens: int, *, may_plan: bool = True, may_miss: bool = False) -> None:
         """A forward pass of so many tokens begins.
 
@@ -92,7 +98,8 @@ class Ways:
             self.forget()
             return
         kind = _PROMPT if tokens > 1 else _TOKEN if not may_plan else _UNEVEN if may_miss else _EVEN
-        guard = self._guards.get(kind) or self._guards.get(_TOKEN)
+        self._kind = kind
+        guard = self._guard
         if guard is None:
             self._now = self._preferred
             return
@@ -116,10 +123,11 @@ class Ways:
         self.go_on()
 
     def go_on(self) -> None:
-        """What is left of the pass, or what of it has to be done again, is the host's. It is still the same pass, and
-        all the time that it takes is that of the way it began with."""
+        """What is left of the pass, or what of it has to be done again, is the host's, by the scheduler that has been
+        the fastest. It is still the same pass, and all the time that it takes is that of the way it began with."""
         if self._now in BY_ITSELF:
-            self._now = self._preferred
+            guard = self._guard
+            self._now = self._preferred if guard is None else guard.best(self._schedulers)
 
     def do_not_share(self) -> None:
         """The CPU can have no share of what the device runs by itself, from here on."""

@@ -281,6 +281,22 @@ class OffloadRuntime(UsedAlone):
             assert self.device is not None
             return self.device.capture(work)
 
+    @whole
+    def replay(self, graph: Graph) -> bool:
+        """Do a pass that `begin_planned` was told of by a graph of `capture`. Returns at once.
+
+        Returns:
+            False, and nothing has happened, if the device has ceased to run passes by itself since: experts may be
+            elsewhere in host memory than the graph would look for them.
+
+        Raises:
+            MoertError: the runtime has been closed.
+        """
+        if not self.is_planning:
+            return False
+        graph.replay()
+        return True
+
     def enters(self, layer: int) -> bool:
         """Whether `enter` would do anything; asked at any time, without waiting for another use."""
         # Half-written books say nothing; `enter` puts them in order first.

@@ -115,6 +115,12 @@ class Guard:
         """How to run the next step."""
         return self._trial or self._home
 
+    def best(self, among: Collection[str]) -> str:
+        """The fastest of some of the ways, as far as is known; of equal ones the first, also if none has been tried."""
+        ways = {name: way for name, way in self._ways.items() if name in among}
+        seen = {name: math.inf if way.seen_s is None else way.seen_s for name, way in ways.items()}
+        return next(name for name, seen_s in seen.items() if (1 - BETTER) * seen_s <= min(seen.values()))
+
     @property
     def is_trying(self) -> bool:
         """Whether that is a trial."""
