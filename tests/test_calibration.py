@@ -16,12 +16,13 @@ from cli_support import checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moert.calibration import CalibratedMachine, Calibration, Fingerprint, Measured, Residual, Shape, sampled, store
+from moert.calibration import CalibratedMachine, Calibration, Fingerprint, Measured, Shape, sampled, store
 from moert.calibration.repeating import joined, repeated
 from moert.calibration.result import as_curve, from_dict
 from moert.calibration.sampling import REPEATS, ROUNDS
 from moert.errors import ConfigError, CorruptFileError
 from moert.planning.machine import Machine
+from moert.schedule import Residual
 
 HERE = Fingerprint("A CPU", 2, "avx2", 2, 16 << 30, "ext4 on /dev/one", "0.1.0", "2.13.0", "5.23.0")
 SHAPE = Shape("OlmoeForCausalLM", "bfloat16", 64, 32, "silu gated", 12288, 16384, 8, 2, 2, 1 << 20)

@@ -9,7 +9,10 @@ import torch
 from device_support import NumberTier, compute
 
 from moert.device.simulated import Machine
+from moert.runtime.compute import Compute, ExpertCompute
 from moert.runtime.device_costs import Contention, Measured, measure_costs
+from moert.runtime.routing import Group
+from moert.schedule import Costs, Curve, Item
 
 
 class Cpu:
@@ -63,3 +66,76 @@ def test_a_link_that_takes_no_time_is_disturbed_by_nothing() -> None:
     tier.step(0, [[0, 1]])
     tier.step(0, [[0, 1]])
     assert tier.tier.hosted.contention == Contention(1.0, 1.0)
+
+
+class Drifting:
+    """A tier whose CPU computes all that is missing, and takes as long for an expert as is said."""
+
+    def __init__(self, costs: Costs | None) -> None:
+        self.tier = NumberTier(costs=costs, schedule="cpu_all", promoting=False, layers=1)
+        self.seconds = 1e-3
+        hosted = self.tier.tier.hosted
+        on_cpu = hosted._on_cpu
+
+        def slow(layer: int, compute: Compute) -> ExpertCompute:
+            inner = on_cpu(layer, compute)
+            outputs = inner.outputs
+
+            def sleeping(groups: Sequence[Group], hidden: torch.Tensor) -> list[torch.Tensor]:
+                self.tier.device.sleep(self.seconds * len(groups))
+                return outputs(groups, hidden)
+
+            inner.outputs = sleeping  # type: ignore[method-assign]
+            return inner
+
+        hosted._on_cpu = slow  # type: ignore[method-assign]
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            assert self.tier.step(0, [[0, 1, 2]]) == self.tier.right(0, [[0, 1, 2]])
+        self.tier.check()
+
+    @property
+    def cpu_s(self) -> float:
+        known = self.tier.tier.hosted.known_costs
+        assert known is not None
+        return known.cpu_s(1)
+
+
+def test_costs_follow_a_cpu_that_becomes_slower_and_faster_again() -> None:
+    drifting = Drifting(None)
+    drifting.steps(60)
+    link_s = drifting.tier.tier.hosted.known_costs.move_s  # type: ignore[union-attr]
+    before_s = drifting.cpu_s
+    assert before_s == pytest.approx(1e-3, rel=0.05)
+    drifting.seconds = 3e-3
+    drifting.steps(60)
+    assert drifting.cpu_s == pytest.approx(3e-3, rel=0.05)
+    drifting.seconds = 1e-3
+    drifting.steps(60)
+    assert drifting.cpu_s == pytest.approx(1e-3, rel=0.08)
+    assert drifting.tier.tier.hosted.known_costs.move_s == link_s  # type: ignore[union-attr]
+
+
+def test_costs_that_are_given_stay_as_they_are() -> None:
+    given = Costs(Curve.proportional(5e-4), Curve.constant(1e-4), move_s=1e-3)
+    drifting = Drifting(given)
+    drifting.steps(20)
+    assert drifting.tier.tier.hosted.known_costs is given
+
+
+def test_the_scheduler_goes_by_costs_as_they_are_now() -> None:
+    drifting = Drifting(None)
+    drifting.steps(40)
+    seen: list[float] = []
+    ways = drifting.tier.tier.hosted.ways
+    plan = ways.scheduler.plan
+
+    def watch(items: Sequence[Item], costs: Costs) -> object:
+        seen.append(costs.cpu_s(1))
+        return plan(items, costs)
+
+    ways.scheduler.plan = watch  # type: ignore[method-assign, assignment]
+    drifting.seconds = 3e-3
+    drifting.steps(40)
+    assert seen[0] == pytest.approx(1e-3, rel=0.05) and seen[-1] == pytest.approx(3e-3, rel=0.15)

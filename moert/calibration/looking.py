@@ -6,8 +6,8 @@ import contextlib
 import statistics
 from collections.abc import Sequence
 
-from moert.calibration.residual import Residual
 from moert.calibration.result import Calibration
+from moert.schedule import Residual
 from moert.tiers.disk import measure_read_bandwidth
 
 LOOK_S = 0.2

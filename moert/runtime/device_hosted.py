@@ -16,6 +16,7 @@ from moert.runtime.device_by_layer import ByLayer
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_costs import Contention, measure_costs
 from moert.runtime.device_counts import DeviceCounts
+from moert.runtime.device_drift import CpuDrift
 from moert.runtime.device_kernels import Inputs, LayerKernels
 from moert.runtime.device_pinning import PinnedHost
 from moert.runtime.device_plan import plan_step
@@ -64,6 +65,7 @@ class HostedSteps:
         self.costs = costs
         self.contention: Contention | None = None
         """What the link and the CPU take from each other; None: not measured."""
+        self.drift = CpuDrift()
         self.promoting = Promoting(caches, self._transfers) if promoting else None
         self.ahead: LayerAhead | None = LayerAhead(caches, self._transfers)
         """None: while a prompt's layer is computed nothing is copied for the next one."""
@@ -182,6 +184,9 @@ class HostedSteps:
         if promoting is not None:
             promoting.observe(event)
         out = step.run()
+        if self.costs is not None and self.contention is not None:
+            for computed_for, seconds in step.cpu_calls:
+                self.drift.note(self.costs, computed_for, seconds)
         whole.misses.update(step.misses)
         self._count(plan.here, plan.fetch, plan.cpu)
         cache.stats.hits += len(inputs.identity)
@@ -203,6 +208,11 @@ class HostedSteps:
         self._scratch.clear()
         return OneByOne(host, compute) if host.spec.fused is None else Fused(host, host.spec.fused, self._scratch)
 
+    @property
+    def known_costs(self) -> Costs | None:
+        """`costs` as schedulers go by them: what was measured here is corrected by what the CPU takes by now."""
+        return self.costs if self.costs is None or self.contention is None else self.drift.of(self.costs)
+
     def _known_costs(self, layer: int, compute: Compute, on_cpu: ExpertCompute, hidden: torch.Tensor) -> Costs:
         if self.costs is None:
             measured = measure_costs(
@@ -217,7 +227,7 @@ class HostedSteps:
             )
             if measured is not None:
                 self.costs, self.contention = measured
-        return self.costs or _UNKNOWN
+        return self.known_costs or _UNKNOWN
 
     def _count(self, here: Sequence[int], fetched: Sequence[int], on_cpu: Sequence[int]) -> None:
         counts = self.counts

@@ -81,6 +81,8 @@ class DeviceStep:
         self._then = then
         self.misses: tuple[ExpertId, ...] = ()
         """Of the event, known once it runs."""
+        self.cpu_calls: list[tuple[list[int], float]] = []
+        """Experts that the CPU computed at once: the tokens of each, and how long it took, in seconds."""
 
     def run(self) -> torch.Tensor:
         """[T, D]; what the caller does with it on the device comes after what computes it.
@@ -239,14 +241,16 @@ class DeviceStep:
         share = self._share
         assert share is not None
         hidden = share.hidden()
-        begin = perf_counter()
+        begin = self._device.now()
         for turn, output in zip(turns, self._outputs(turns, hidden), strict=True):
             share.put(turn, output)
             self._cpu.remove(turn)
             host.cache.residency.release(self._ids[turn])
             if self._ids[turn] in self._cache.residency:
                 self._cache.residency.release(self._ids[turn])
-        self._cache.stats.compute_s += perf_counter() - begin
+        seconds = self._device.now() - begin
+        self._cache.stats.compute_s += seconds
+        self.cpu_calls.append(([self._inputs.groups[turn].weights.shape[0] for turn in turns], seconds))
         return True
 
     def _outputs(self, turns: Sequence[int], hidden: torch.Tensor) -> Iterable[torch.Tensor]:

@@ -89,7 +89,7 @@ class DeviceTier:
                 tuple(self._kernels),
                 self.pinned,
                 self.transfers,
-                None if planned is True else lambda: self.hosted.costs,
+                None if planned is True else lambda: self.hosted.known_costs,
             )
 
     def go_by(self, ways: Ways) -> None:

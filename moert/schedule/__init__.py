@@ -11,6 +11,7 @@ from moert.schedule._costs import Costs, Curve
 from moert.schedule._flow import Timing, makespan
 from moert.schedule._guard import Guard
 from moert.schedule._promotion import Promotion, Swap
+from moert.schedule._residual import Residual
 from moert.schedule.base import Item, Place, Schedule, Scheduler
 
 PACKAGE = "moert.schedule"
@@ -22,6 +23,7 @@ __all__ = [
     "Item",
     "Place",
     "Promotion",
+    "Residual",
     "Schedule",
     "Scheduler",
     "Swap",
