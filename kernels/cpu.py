@@ -131,7 +131,10 @@ def _linear_matrix(x: torch.Tensor, weight: Matrix, bias: torch.Tensor | None) -
     if x.dtype not in NUMBERS or not x.is_cpu or x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"x {tuple(x.shape)} in {x.dtype} on {x.device} does not fit a weight {weight.shape}")
     if bias is not None and not bias_fits(bias, n, x.dtype):
-        raise ValueError(f"bias {tuple(bias.shape)} in {bias.dtype} does not fit {n} rows in {x.dtype}")
+        raise ValueError(
+            f"bias {tuple(bias.shape)} of strides {bias.stride()} in {bias.dtype} on {bias.device} does not fit {n} "
+            f"rows in {x.dtype} on the CPU; it must be contiguous"
+        )
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
     if x.numel():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,9 @@ class Handle:
         self._keep = None
 
     def __del__(self) -> None:
-        self.wait()  # the threads may still write to memory that this object keeps
+        # The threads may still write to memory that this object keeps; there are none in a fork and at the exit.
+        with contextlib.suppress(RuntimeError):
+            self.wait()
 
 
 class ExpertFfn:
@@ -87,7 +90,8 @@ class ExpertFfn:
         for name, bias, size in (("up", up_bias, rows), ("down", down_bias, self.hidden)):
             if bias is not None and not bias_fits(bias, size, self.dtype):
                 raise ValueError(
-                    f"the {name} bias is {tuple(bias.shape)} in {bias.dtype}, not ({size},) in {self.dtype}"
+                    f"the {name} bias is {tuple(bias.shape)} of strides {bias.stride()} in {bias.dtype} on "
+                    f"{bias.device}, not contiguous ({size},) in {self.dtype} on the CPU"
                 )
         capsule = _C.expert(
             self.number,
@@ -240,19 +244,19 @@ def add_rows(held: torch.Tensor, tokens: torch.Tensor | None, weights: torch.Ten
         if (
             tensor.dtype != torch.float32
             or tensor.dim() != 2
-            or tensor.shape[1] != out.shape[-1]
+            or tensor.shape[1] != held.shape[1]
             or not tensor.is_contiguous()
             or not tensor.is_cpu
         ):
             raise ValueError(
-                f"{what} must be contiguous [rows, {out.shape[-1]}] in torch.float32 on the CPU, not "
-                f"{list(tensor.shape)} of strides {tensor.stride()} in {tensor.dtype} on {tensor.device}"
+                f"{what} must be contiguous [rows, {held.shape[-1] if held.dim() else 'D'}] in torch.float32 on the "
+                f"CPU, not {list(tensor.shape)} of strides {tensor.stride()} in {tensor.dtype} on {tensor.device}"
             )
     rows = held.shape[0]
     count, to, weights_at = _addresses(tokens, weights, rows)
     if count != rows:
         raise ValueError(f"{count} tokens for {rows} rows")
-    if rows and weights_at is not None:
+    if rows:
         _C.add_rows(held.data_ptr(), rows, held.shape[1], to, weights_at, out.data_ptr(), out.shape[0])
 
 
@@ -269,6 +273,8 @@ def add_in_order(held: torch.Tensor, places: Sequence[int], weights: torch.Tenso
     for what, tensor in (("held", held), ("weights", weights), ("out", out)):
         if tensor.dtype is not torch.float32 or not tensor.is_contiguous() or not tensor.is_cpu:
             raise ValueError(f"{what} must be contiguous torch.float32 on the CPU, not {tensor.dtype}")
+    if held.dim() != 2:
+        raise ValueError(f"held must be [K, D], not {list(held.shape)}")
     rows, width = held.shape
     if out.shape != (1, width) or len(places) != rows or not all(0 <= place < weights.numel() for place in places):
         raise ValueError(
@@ -286,13 +292,16 @@ def _addresses(
     count, address = rows, None
     if tokens is not None:
         if tokens.dtype != torch.int64 or tokens.dim() != 1 or not tokens.is_contiguous() or not tokens.is_cpu:
-            raise ValueError(f"rows must be contiguous 1-D int64 on the CPU, not {tokens.dtype} {tuple(tokens.shape)}")
+            raise ValueError(
+                f"rows must be contiguous 1-D int64 on the CPU, not {tokens.dtype} {tuple(tokens.shape)} of strides "
+                f"{tokens.stride()} on {tokens.device}"
+            )
         count, address = tokens.shape[0], tokens.data_ptr() or None
     if weights is None:
         return count, address, None
     if weights.dtype != torch.float32 or weights.shape != (count,) or not weights.is_contiguous() or not weights.is_cpu:
         raise ValueError(
-            f"weights must be contiguous ({count},) in torch.float32 on the CPU, not {tuple(weights.shape)} in "
-            f"{weights.dtype}"
+            f"weights must be contiguous ({count},) in torch.float32 on the CPU, not {tuple(weights.shape)} of strides "
+            f"{weights.stride()} in {weights.dtype} on {weights.device}"
         )
     return count, address, weights.data_ptr() or None

@@ -58,7 +58,8 @@ class Matrix:
                 raise ValueError(f"the scales of {weight_format} are {scale_dtype}, not {scales.dtype}")
             group = _group(weight_format, self.shape, tuple(scales.shape))
         if zeros is not None:
-            assert scales is not None
+            if scales is None:
+                raise ValueError(f"a weight in {weight_format} has no zero points")
             _check_layout("zeros", zeros, 2)
             if zeros.dtype != torch.uint8 or zeros.shape != scales.shape:
                 raise ValueError(

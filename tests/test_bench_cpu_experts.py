@@ -45,9 +45,10 @@ def run(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_whole_benchmark(tmp_path: Path) -> None:
-    out = tmp_path / "out.json"
-    done = run("--batches", "1,3", "--json", str(out), OMP_DISPLAY_ENV="VERBOSE")
+    out, drawn = tmp_path / "out.json", tmp_path / "out.png"
+    done = run("--batches", "1,3", "--json", str(out), "--plot", str(drawn), OMP_DISPLAY_ENV="VERBOSE")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert drawn.read_bytes().startswith(b"\x89PNG")
     report = json.loads(out.read_text())
     assert report["parity"] == "green"
     assert report["threads"] == 2
@@ -111,7 +112,8 @@ def test_a_wrong_output_gets_no_time(
     monkeypatch.setattr(ours.Moert, "prepare", wrong)
     options = {"shapes": "tiny", "systems": "moert,torch", "formats": form, "batches": "3,5", "rounds": 1}
     options |= {"working_set": "1MB", "threads": 2, "json_path": tmp_path / "out.json"}
-    defaults = {"plot_path": None, "isas": "", "kt_workers": None, "mask_isa": None, "neighbour": False, "seed": 0}
+    options["plot_path"] = tmp_path / "out.png"
+    defaults = {"isas": "", "kt_workers": None, "mask_isa": None, "neighbour": False, "seed": 0}
     with pytest.raises(script.typer.Exit) as stopped:
         script.main(**defaults, **options)
     assert stopped.value.exit_code == 1
@@ -119,6 +121,7 @@ def test_a_wrong_output_gets_no_time(
     assert report["parity"] == "red"
     assert [cell["parity"] for cell in report["cells"]] == ["green", "red"]
     assert not any_time(report["cells"])
+    assert not (tmp_path / "out.png").exists()
     printed = capsys.readouterr().out
     assert f"parity is red: tiny {form} 5; no time is given" in printed
     assert "GB/s" not in printed

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import shutil
+import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,6 +101,38 @@ def test_option_of_another_kind_is_refused() -> None:
 def test_fp32_models_are_left_alone(zoo: Zoo) -> None:
     with moert.patch(zoo.fresh(FAMILY), host_memory="50%") as model:
         assert count(model, OwnForward) == 0
+
+
+def move_by_one_byte(path: Path) -> None:
+    """Have the numbers of a safetensors file begin at an odd place, as the format allows."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = content[8 : 8 + length].rstrip(b" ")
+    header += b" " * (1 + len(header) % 2)
+    assert len(header) % 2 == 1
+    path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + length :])
+
+
+def test_weights_at_odd_addresses_are_left_to_torch(zoo: Zoo, tmp_path: Path) -> None:
+    specimen = zoo.specimen(FAMILY, torch.bfloat16)
+    shutil.copytree(specimen.path, tmp_path / "odd")
+    for path in (tmp_path / "odd").glob("*.safetensors"):
+        move_by_one_byte(path)
+    prompts = [specimen.inputs, {"input_ids": specimen.inputs["input_ids"][:1, :1]}]
+    model = type(specimen.model).from_pretrained(tmp_path / "odd", dtype=torch.bfloat16).eval()
+    assert model.lm_head.weight.data_ptr() % 2 == 1, "the reader of safetensors copies by now"
+    before = [logits(model, prompt) for prompt in prompts]
+    with pytest.warns(RuntimeWarning, match=r"linear layers stay torch's.* begin at odd addresses"):
+        moert.patch(model)
+    assert count(model, OwnForward) == 0
+    for prompt, expected in zip(prompts, before, strict=True):
+        assert (logits(model, prompt) - expected).norm() < 0.05 * expected.norm()
+    moert.unpatch(model)
+    with moert.load(tmp_path / "odd", dtype=torch.bfloat16) as loaded:
+        assert count(loaded) > 8
+        found = [logits(loaded, prompt) for prompt in prompts]
+    with moert.load(specimen.path, dtype=torch.bfloat16) as even:
+        assert all(torch.equal(logits(even, prompt), y) for prompt, y in zip(prompts, found, strict=True))
 
 
 def test_patch_that_fails_takes_nothing(zoo: Zoo) -> None:

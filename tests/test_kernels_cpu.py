@@ -192,6 +192,9 @@ def test_shapes_that_do_not_fit_are_refused_before_anything_is_read() -> None:
         cpu.linear(torch.randn(2, 8).bfloat16(), cpu.Matrix("plain", torch.randn(4, 9).bfloat16()))
     with pytest.raises(ValueError, match=r"bias \(3,\) .* 4 rows"):
         cpu.linear(torch.randn(2, 8), cpu.Matrix("plain", torch.randn(4, 8)), torch.randn(3))
+    for bias in (torch.randn(8)[::2], torch.randn(4).bfloat16(), torch.randn(4, device="meta")):
+        with pytest.raises(ValueError, match=r"bias \(4,\) .* does not fit 4 rows"):
+            cpu.linear(torch.randn(2, 8), cpu.Matrix("plain", torch.randn(4, 8)), bias)
     with pytest.raises(ValueError, match="weight in bf16 with activations in fp32"):
         cpu.linear(torch.randn(2, 8), cpu.Matrix("plain", torch.randn(4, 8).bfloat16()))
 
@@ -230,6 +233,7 @@ def test_any_leading_dimensions_and_strided_rows() -> None:
             ("int8", torch.zeros(4, 32, dtype=torch.int8), torch.ones(4, 1).half(), torch.zeros(4, 1).byte()),
             "int8 cannot be given zero points",
         ),
+        (("plain", torch.randn(4, 32), None, torch.zeros(4, 1).byte()), "a weight in plain has no zero points"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

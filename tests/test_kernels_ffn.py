@@ -10,7 +10,7 @@ import torch
 
 from moert import _C
 from moert.kernels import cpu, reference
-from moert.kernels.cpu_ffn import ExpertFfn, add_rows
+from moert.kernels.cpu_ffn import ExpertFfn, add_in_order, add_rows
 from moert.kernels.gate import Gate
 
 GATES = [
@@ -200,22 +200,31 @@ def test_many_tokens_in_parts_and_batches() -> None:
     layer.ffn.run(hidden, layer.experts, [None] * 4, weights, out)
     want = layer.exact(hidden, [None] * 4, weights)
     assert ((out.double() - want).abs() <= 2e-5 * (1 + want.abs())).all()
+    held = torch.zeros(8200, 1024)
+    layer.ffn.run(hidden, layer.experts[:2], [None] * 2, weights[:2], held, out_rows=[4100, 0])
+    apart = torch.zeros(4100, 1024)
+    for expert, weight, found in zip(layer.experts, weights, reversed(held.split(4100)), strict=False):
+        layer.ffn.run(hidden, [expert], [None], [weight], apart.zero_())
+        assert torch.equal(found, apart)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("gate", [Gate(), GATES[5], Gate("relu2", gated=False), Gate("gelu_tanh")], ids=str)
+@pytest.mark.parametrize("gate", GATES, ids=str)
 def test_special_values_go_where_torch_has_them_go(isa: str, gate: Gate, bad: float) -> None:
-    layer = Layer(gate, 64, 40, torch.bfloat16, 1)
-    for where in ("hidden", "up", "down"):
-        hidden = torch.randn(7, 64).bfloat16()
-        layer = Layer(gate, 64, 40, torch.bfloat16, 1)
-        {"hidden": hidden, "up": layer.tensors[0].up, "down": layer.tensors[0].down}[where][2, 5] = bad
+    """Gates as in fp64: in fp32 some builds of torch have gelu(inf) be NaN."""
+    for where in ("hidden", "weights", *Tensors._fields):
+        hidden, weights = torch.randn(7, 64).bfloat16(), torch.rand(7)
+        layer = Layer(gate, 64, 40, torch.bfloat16, 1, bias=True)
+        tensors = layer.tensors[0]
+        spoilt = {"hidden": hidden, "weights": weights, **tensors._asdict()}[where]
+        spoilt[(2, 5)[-spoilt.dim() :]] = bad
         out = torch.zeros(7, 64)
-        layer.ffn.run(hidden, layer.experts, [None], [None], out)
-        inner = hidden.float() @ layer.tensors[0].up.float().T
-        want = reference.gate(gate, inner).bfloat16().float() @ layer.tensors[0].down.float().T
-        assert torch.equal(out.isfinite(), want.isfinite())
-        assert torch.equal(out.isnan(), want.isnan())
+        layer.ffn.run(hidden, layer.experts, [None], [weights], out)
+        inner = hidden.float() @ tensors.up.float().T + tensors.up_bias.float()
+        h = reference.gate(gate, inner.double()).bfloat16().float()
+        want = (h @ tensors.down.float().T + tensors.down_bias.float()) * weights.unsqueeze(1)
+        assert torch.equal(out.isnan(), want.isnan()), where
+        assert torch.equal(out[out.isinf()], want[want.isinf()]), where
 
 
 def test_the_exponential_of_the_gates_is_exact_to_the_last_bits(isa: str) -> None:
@@ -299,6 +308,9 @@ def test_bad_input_is_refused_with_the_numbers() -> None:
         ({"tokens": [torch.tensor([1], dtype=torch.int32)]}, "int64 on the CPU, not torch.int32"),
         ({"tokens": [torch.tensor([0, 1])], "weights": [torch.rand(3)]}, r"contiguous \(2,\) .* not \(3,\)"),
         ({"weights": [torch.rand(3).double()]}, "torch.float64"),
+        ({"tokens": [torch.arange(4)[::2]]}, r"rows must be contiguous .* torch.int64 \(2,\)"),
+        ({"weights": [torch.rand(6)[::2]]}, r"weights must be contiguous \(3,\) .* not \(3,\)"),
+        ({"weights": [torch.rand(3, device="meta")]}, "on the CPU"),
         ({"tokens": [None, None]}, "zip"),
         ({"out_rows": [1]}, r"rows of out are 1\.\.4 of 3"),
         ({"out_rows": [-1]}, "out_row is -1"),
@@ -311,6 +323,9 @@ def test_bad_input_is_refused_with_the_numbers() -> None:
         ffn.expert(plain, plain)
     with pytest.raises(ValueError, match=r"the up bias is \(3,\)"):
         ffn.expert(plain, cpu.Matrix("plain", torch.randn(8, 4)), torch.randn(3))
+    for bias in (torch.randn(16)[::2], torch.randn(8).bfloat16(), torch.randn(8, device="meta")):
+        with pytest.raises(ValueError, match=r"the down bias is \(8,\) of strides \(\d,\) in .* not contiguous \(8,\)"):
+            ffn.expert(plain, cpu.Matrix("plain", torch.randn(8, 4)), None, bias)
     with pytest.raises(ValueError, match="up in bf16 with activations in fp32"):
         ffn.expert(cpu.Matrix("plain", torch.randn(8, 8).bfloat16()), cpu.Matrix("plain", torch.randn(8, 4)))
     with pytest.raises(ValueError, match=r"activations are .*, not torch.float64"):
@@ -349,4 +364,15 @@ def test_rows_that_do_not_fit_are_refused() -> None:
         add_rows(held, None, weights.double(), out)
     with pytest.raises(ValueError, match="3 tokens for 2 rows"):
         add_rows(held, torch.tensor([0, 1, 2]), torch.ones(3), out)
+    with pytest.raises(ValueError, match=r"out must be contiguous \[rows, 4\] .* not \[\]"):
+        add_rows(held, None, weights, torch.tensor(0.0))
+    with pytest.raises(ValueError, match=r"held must be contiguous \[rows, D\] .* not \[\]"):
+        add_rows(torch.tensor(0.0), None, weights, out)
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        add_rows(held, None, weights, torch.zeros(4, 3).T)
+    for places, message in (([2, 0], "weights .2, 0. of 2"), ([0], "of 2 do not fit"), ([-1, 0], "-1")):
+        with pytest.raises(ValueError, match=message):
+            add_in_order(held, places, weights, torch.zeros(1, 4))
+    with pytest.raises(ValueError, match=r"held must be \[K, D\], not \[4\]"):
+        add_in_order(held[0], [0], weights, torch.zeros(1, 4))
     assert torch.equal(out, torch.zeros(3, 4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -80,7 +81,8 @@ def take_over(model: nn.Module, wanted: bool | None, note: Note | None = None) -
 
     Taken are, on the CPU in 16 bits, modules whose class is exactly `nn.Linear`, norms, routers with a weight of their
     own, and attentions for their rotary embedding and for single tokens, unless somebody gave them a forward of their
-    own already. The caches of keys and values that the model is called with grow in place.
+    own already. Those whose numbers begin at odd addresses, where no kernel reads them, are left, with a warning. The
+    caches of keys and values that the model is called with grow in place.
 
     Args:
         wanted: False leaves all as they are, None as well unless the whole model is on the CPU.
@@ -94,21 +96,22 @@ def take_over(model: nn.Module, wanted: bool | None, note: Note | None = None) -
     taken: list[weakref.ref[nn.Module]] = []
     embeddings: dict[Any, bool | None] = {}
     is_half = _has_halves(model)
-    for module in _outside_experts(model):
+    _warn_of_odd_places(model)
+    for module in _readable(model):
         forward = None if "forward" in vars(module) else _forward_for(module, embeddings, note, is_half)
         if forward is not None:
             module.forward = forward  # type: ignore[assignment]
             taken.append(weakref.ref(module))
     if note is None:
         for forward_for in (self_attention_forward, block_forward, decoder_layer_forward):
-            for module in _outside_experts(model):
+            for module in _readable(model):
                 forward = forward_for(module)
                 if forward is not None:
                     module.forward = forward
                     taken.append(weakref.ref(module))
-        for module in _outside_experts(model):
+        for module in _readable(model):
             chain_layers(module)
-        for module in _outside_experts(model):
+        for module in _readable(model):
             whole = base_model_forward(module)
             if whole is not None:
                 module.forward = whole
@@ -163,6 +166,42 @@ def _outside_experts(module: nn.Module) -> Iterator[nn.Module]:
     yield module
     for child in module.children():
         yield from _outside_experts(child)
+
+
+def _readable(model: nn.Module) -> Iterator[nn.Module]:
+    """Those `_outside_experts` in which all numbers lie where kernels can read them."""
+    return (module for module in _outside_experts(model) if not any(map(_is_misplaced, _numbers_of(module))))
+
+
+def _numbers_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _is_misplaced(tensor: torch.Tensor) -> bool:
+    """A safetensors file may have its numbers anywhere, and its reader hands out the file's own memory."""
+    return (
+        type(tensor) in (nn.Parameter, torch.Tensor)
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.data_ptr() % tensor.element_size() != 0
+    )
+
+
+def _warn_of_odd_places(model: nn.Module) -> None:
+    misplaced = [
+        path
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear and any(map(_is_misplaced, _numbers_of(module)))
+    ]
+    if misplaced:
+        warnings.warn(
+            f"{len(misplaced)} linear layers stay torch's, which is slower: their weights begin at odd addresses, as "
+            f"the header of their safetensors file has an odd length ({misplaced[0]} is one); load the checkpoint "
+            "with moert.load, or save it anew",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _is_on_cpu(model: nn.Module) -> bool:
