@@ -230,6 +230,11 @@ def test_any_leading_dimensions_and_strided_rows() -> None:
             r"zero points are uint8 \(4, 1\)",
         ),
         (
+            ("int4", torch.zeros(4, 16, dtype=torch.uint8), torch.ones(4, 1).half(), torch.zeros(4, 1).char()),
+            r"zero points are uint8 \(4, 1\) like the scales, not torch.int8 \(4, 1\)",
+        ),
+        (("int8", torch.zeros(4, 64, dtype=torch.int8), torch.ones(2, 4).half().T), "scales must be contiguous"),
+        (
             ("int8", torch.zeros(4, 32, dtype=torch.int8), torch.ones(4, 1).half(), torch.zeros(4, 1).byte()),
             "int8 cannot be given zero points",
         ),

@@ -1,4 +1,4 @@
-"""Steps on the CPU: memory that no kernel may read, several layers under way, and handles that outlive the threads."""
+"""Steps on the CPU: memory that no kernel may read, layers under way beside Python, handles that outlive the threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from quiet_child import run_python
+from ticking import ticking
 
+from moert import _C
 from moert.kernels import cpu
 from moert.kernels.cpu_ffn import ExpertFfn, add_rows
 from moert.kernels.gate import Gate
@@ -83,8 +85,50 @@ def test_layers_of_other_sizes_and_types_queue_behind_one_another() -> None:
         assert torch.equal(out, want)
 
 
+@pytest.mark.parametrize("what", ["run", "run_token", "wait", "linear"])
+def test_other_python_threads_run_meanwhile(what: str) -> None:
+    ffn = ExpertFfn(Gate(gated=False), 2048, 2048, torch.float32)
+    weight = cpu.Matrix("plain", torch.ones(2048, 2048))
+    expert = ffn.expert(weight, weight)
+    x, out = torch.ones(256, 2048), torch.zeros(256, 2048)
+    some = [expert] * 8, [None] * 8, [None] * 8, out
+    calls: dict[str, Callable[[], object]] = {
+        "run": lambda: ffn.run(x, *some),
+        "run_token": lambda: ffn.run_token(x[:1], [expert] * 50, [0] * 50, torch.ones(1)),
+        "wait": lambda: ffn.submit(x, *some).wait(),
+        "linear": lambda: cpu.linear(x.repeat(8, 1), weight),
+    }
+    with ticking() as ticks:
+        calls[what]()
+    assert ticks.seconds > 0.03
+    assert ticks.well_within >= 2
+
+
+def test_addresses_and_counts_that_cannot_be_are_refused() -> None:
+    """Those that the Python face never gives."""
+    memory = torch.zeros(64)
+    good = memory.data_ptr()
+    with pytest.raises(ValueError, match=r"data is at address \d+, must be a multiple of 4"):
+        _C.matrix("fp32", False, 0, 4, 4, good + 2, None, None)
+    with pytest.raises(ValueError, match=r"scales is at address \d+, must be a multiple of 4"):
+        _C.matrix("fp8", False, 128, 4, 4, good, good + 2, None)
+    with pytest.raises(ValueError, match=r"scales must be an int, not None|scales is at address"):
+        _C.matrix("int8", False, 32, 1, 32, good, 0, None)
+    ffn = ExpertFfn(Gate(), 4, 4, torch.float32)
+    expert = ffn.expert(cpu.Matrix("plain", torch.zeros(8, 4)), cpu.Matrix("plain", torch.zeros(4, 4)))
+    for groups, message in (
+        ([(expert.capsule, 4, None, None, None)], "a group of 4 tokens of 3"),
+        ([(expert.capsule, -1, None, None, None)], "tokens is -1"),
+        ([(expert.capsule, 2, None, None, 2)], r"rows of out are 2\.\.4 of 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _C.ffn_run(ffn.arguments, "fp32", 4, 4, good, 3, good, 3, groups)
+    assert not memory.any()
+
+
 PENDING = """
 import os, sys, torch
+from moert import _C
 from moert.kernels import cpu
 from moert.kernels.cpu_ffn import ExpertFfn
 from moert.kernels.gate import Gate
@@ -92,8 +136,8 @@ cpu.set_threads(3)
 ffn = ExpertFfn(Gate(gated=False), 1024, 1024, torch.float32)
 weight = cpu.Matrix("plain", torch.ones(1024, 1024))
 expert = ffn.expert(weight, weight)
-x, out = torch.ones(64, 1024), torch.zeros(64, 1024)
-handles = [ffn.submit(x, [expert] * 64, [None] * 64, [None] * 64, torch.zeros(64, 1024)) for _ in range({jobs})]
+x = torch.ones(64, 1024)
+handles = [ffn.submit(x, [expert] * 16, [None] * 16, [None] * 16, torch.zeros(64, 1024)) for _ in range({jobs})]
 """
 
 
