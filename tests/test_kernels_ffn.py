@@ -18,7 +18,7 @@ GATES = [
     Gate("gelu_tanh"),
     Gate("gelu"),
     Gate("relu2", gated=False),
-    Gate("silu", gated=False),
+    Gate("silu", gated=False, alpha=1.5),
     Gate(interleaved=True, alpha=1.702, gate_limit=7.0, up_limit=7.0, up_offset=1.0),
     Gate(gate_limit=1.0, up_limit=0.5, output_limit=0.4),
     Gate("tanh", interleaved=True),

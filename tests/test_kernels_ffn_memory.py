@@ -1,4 +1,4 @@
-"""Steps on the CPU: memory that no kernel may read, layers under way beside Python, handles that outlive the threads."""
+"""Steps on the CPU: memory that no kernel may read, layers queued beside Python, handles that outlive the threads."""
 
 from __future__ import annotations
 
@@ -158,3 +158,16 @@ for handle in handles: handle.wait()
 print(all(handle.ready() for handle in handles))
 """
     assert run_python(PENDING.format(jobs=4) + code) == "True\n3\nTrue\n"
+
+
+def test_the_threads_stop_before_the_interpreter_frees_what_they_use() -> None:
+    code = """
+import atexit
+from moert import _C
+def later():
+    try: _C.pool_probe(1, 2, 0)
+    except RuntimeError as error: print("exiting" in str(error))
+atexit.register(later)  # so it runs after what is registered from here on
+import moert.kernels.cpu
+"""
+    assert run_python(code) == "True\n"

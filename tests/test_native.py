@@ -51,6 +51,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{folder}/kernels_check",
         f"{folder}/foresight_check",
         f"{folder}/norm_check",
+        f"{folder}/split_check",
     ]
     child = subprocess.run(command, cwd=ROOT, env=OUTSIDE_MAKE, capture_output=True, text=True, timeout=280)
     assert child.returncode == 0, child.stderr
@@ -74,6 +75,11 @@ def test_kernels_compute_what_their_formats_mean(built: Path) -> None:
 
 def test_what_is_read_next_is_foreseen(built: Path) -> None:
     child = subprocess.run([built / "foresight_check"], capture_output=True, text=True, timeout=240)
+    assert (child.returncode, child.stdout) == (0, "all hold\n"), child.stderr
+
+
+def test_rows_are_shared_out_so_that_a_slow_core_holds_up_little(built: Path) -> None:
+    child = subprocess.run([built / "split_check"], capture_output=True, text=True, timeout=60)
     assert (child.returncode, child.stdout) == (0, "all hold\n"), child.stderr
 
 
