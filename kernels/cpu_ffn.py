@@ -256,7 +256,9 @@ def add_rows(held: torch.Tensor, tokens: torch.Tensor | None, weights: torch.Ten
     count, to, weights_at = _addresses(tokens, weights, rows)
     if count != rows:
         raise ValueError(f"{count} tokens for {rows} rows")
-    if rows:
+    if rows and weights_at is None:
+        raise ValueError(f"no weights for {rows} rows")
+    if rows and weights_at is not None:
         _C.add_rows(held.data_ptr(), rows, held.shape[1], to, weights_at, out.data_ptr(), out.shape[0])
 
 
