@@ -154,6 +154,31 @@ def test_the_policy_learns_what_the_device_did(planned: Callable[..., Any]) -> N
     assert len(seen) == 5
 
 
+def test_the_policy_of_host_memory_learns_what_came_from_there(planned: Callable[..., Any]) -> None:
+    model, tier = planned()
+    cache = tier.caches[0]
+    chosen: list[set[ExpertId]] = []
+    there: set[ExpertId] = set()
+
+    def look(module: Any, inputs: Any, output: Any) -> None:
+        if len(chosen) == 1:
+            there.update(cache.residency.residents)
+        chosen.append({ExpertId(0, expert) for expert in output[-1].flatten().tolist()})
+
+    handle = model.model.layers[0].mlp.gate.register_forward_hook(look)
+    generate(model, n=6)
+    handle.remove()
+    seen: list[list[ExpertId]] = []
+    cache.host.cache.residency.policy.access = lambda event: seen.append(list(event))
+    tier.settle()
+    came = []
+    for event in chosen[1:]:
+        if event - there:
+            came.append(sorted(event - there))
+        there |= event
+    assert came and seen == came
+
+
 def test_only_the_latest_events_are_told(planned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moert.runtime.device_planned.LOGGED", 3)
     model, tier = planned()

@@ -153,10 +153,18 @@ def test_host_memory_that_another_thread_changes_before_a_replay(
         return is_planned
 
     monkeypatch.setattr(runtime_of(model), "begin_planned", begins)
+    replay = runtime_of(model).replay
+    is_replayed: list[bool] = []
+
+    def replays(graph: Any) -> bool:
+        is_replayed.append(replay(graph))
+        return is_replayed[-1]
+
+    monkeypatch.setattr(runtime_of(model), "replay", replays)
     with torch.inference_mode():
         found = [model(PROMPT, past_key_values=cache).logits[:, -1:]]
         found += [model(torch.tensor([[token]]), past_key_values=cache).logits for token in TOKENS[1]]
-    assert changes == [1]
+    assert changes == [1] and is_replayed[:2] == [True, False]
     assert all(torch.equal(got, right) for got, right in zip(found, wanted[1], strict=True))
     tier.settle()
     tier.check_integrity()

@@ -102,6 +102,18 @@ def test_what_was_wrongly_expected_is_given_up_unless_all_of_it_is_being_read() 
     assert {expert.expert for expert in rig.layers[1].residency.residents} == {1, 5}
 
 
+def test_what_was_given_up_and_is_expected_again_is_taken_up() -> None:
+    rig, expert = Rig(), ExpertId(1, 5)
+    rig.expect([5])
+    rig.step(0, [0])
+    rig.disk.reads[0].started = True
+    rig.pipeline.withdraw([expert])
+    assert rig.pipeline.is_in_flight(expert) and not rig.pipeline.is_coming(expert)
+    rig.expect([5])
+    rig.step(0, [0])
+    assert rig.pipeline.is_coming(expert) or rig.pipeline.bytes_ahead == rig.layers[1].read_bytes(5)
+
+
 def test_a_later_look_takes_back_what_the_first_one_asked_for() -> None:
     rig = Rig()
     rig.expect([5, 6])
