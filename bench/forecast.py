@@ -3,8 +3,8 @@
     python bench/make_checkpoint.py olmoe-bench /data/olmoe --layers 4
     python bench/forecast.py /data/olmoe --budgets 25%,50%,75% --rounds 3 --json forecast.json
 
-Each round calibrates the checkpoint and then loads it with each budget, because disks and neighbours change by the
-minute; forecasts are from the medians of the calibrations, and compared with the medians of the runs. The planner
+Each round calibrates the checkpoint and then loads it with each budget, twice, because disks and neighbours change by
+the minute; forecasts are from the medians of the calibrations, and compared with the medians of the runs. The planner
 forecasts decoding and reading a prompt from the calibration and the routing of other prompts; simulated time replays
 the routing of the very prompts that are timed, as recorded with all experts in memory. The model runs without
 prediction of experts, which forecasts know nothing of. Random weights route almost evenly: a cache hits about its
@@ -43,6 +43,8 @@ from moert.torch_threads import wanted_settings
 from moert.trace import Trace, TraceWriter
 
 POLICY = "ema"
+PASSES = 2
+"""Over all budgets after each calibration, which takes longer than they do."""
 
 
 @dataclass
@@ -143,7 +145,7 @@ def study(folder: Path, budgets: list[str], prompt_tokens: int, tokens: int, rou
     for number in range(rounds):
         say(f"{folder.name}: round {number + 1} of {rounds}, calibrating")
         found.append(calibrate(folder))
-        for budget in budgets:
+        for budget in budgets * PASSES:
             say(f"{folder.name}: round {number + 1} of {rounds}, {budget}")
             with moert.load(folder, host_memory=budget, predictor="none") as model:
                 live[budget].append([go_on(model, prompt, tokens) for prompt in asked])

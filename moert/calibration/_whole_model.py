@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
-import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,8 @@ import torch
 from moert.calibration._solving import root, solve
 from moert.calibration._work import Work
 from moert.calibration.result import Calibration, Shape
-from moert.calibration.sampling import Measured, sampled
-from moert.calibration.subject import Ids, Subject
+from moert.calibration.sampling import Measured, sampled, sampled_together
+from moert.calibration.subject import Subject
 from moert.schedule import Costs, Curve, Item, Place, make_scheduler, makespan
 from moert.types import ExpertId
 
@@ -33,6 +33,17 @@ class Reads(NamedTuple):
     read_start: Measured
     miss: Measured
     miss_start: Measured
+
+
+class Tokens(NamedTuple):
+    """One more token of the running model; seconds."""
+
+    whole: Measured
+    """With all experts there."""
+    waits: Mapping[int, Measured]
+    """By how many each of its layers misses, none left out: how much longer a layer's step takes."""
+    disk: Mapping[int, Measured]
+    """For how much of a step the disk is at work."""
 
 
 class WholeModel:
@@ -81,63 +92,75 @@ class WholeModel:
     def _layer_s(self) -> float:
         return self._call_s + self._step(1) + self._shape.top_k * self._expert(1)
 
-    def _token_s(self, ids: Ids) -> float:
+    def tokens(self) -> Tokens:
+        """Tokens with no expert missing, with one in each layer, and with as many as a token can have.
+
+        They take turns, and what a miss costs is by how much two of the same turn differ: a machine that is slower for
+        some seconds is so for both.
+        """
+        shape = self._shape
+        most = min(shape.top_k, *(shape.num_experts - len(r) for r in self._resident.values()))
+        counts = sorted({0, min(1, most), most})
+        layers = len(self._layers)
+
+        def turn() -> dict[tuple[str, int], float]:
+            taken = {n: self._token_s(n) for n in counts}
+            whole_s = taken[0][0]
+            seconds = {("whole", 0): whole_s}
+            for n in counts[1:]:
+                seconds["wait", n] = max(0.0, taken[n][0] - whole_s) / layers
+                seconds["disk", n] = taken[n][1] / layers
+            return seconds
+
+        found = sampled_together(turn)
+        waits, disk = ({n: found[what, n] for n in counts[1:]} for what in ("wait", "disk"))
+        return Tokens(found["whole", 0], waits, disk)
+
+    def _token_s(self, misses: int) -> tuple[float, float]:
+        """What one more token takes, and for how much of it the disk is at work."""
+        drawing_s = 0.0
+
+        def ids(layer: int, tokens: int, k: int) -> torch.Tensor:
+            nonlocal drawing_s
+            if tokens > 1:
+                # The prompt's step may choose what it likes, but for a layer whose residents have changed.
+                return self._some(layer, 0, k).expand(tokens, k)
+            begin = perf_counter()
+            chosen = self._some(layer, misses, k)
+            drawing_s += perf_counter() - begin
+            return chosen
+
+        before_s = self._subject.disk_s()
         _, seconds = self._subject.generate(PROMPT_TOKENS, 1 + MORE_TOKENS, ids)
-        return seconds / MORE_TOKENS
+        disk_s = self._subject.disk_s() - before_s
+        return max(0.0, seconds - drawing_s) / MORE_TOKENS, disk_s / MORE_TOKENS
 
-    def token(self) -> tuple[Measured, Measured]:
-        """(one more token whose experts are all there, what of it is besides experts and steps)"""
-        whole = sampled(lambda: self._token_s(self._found))
+    def besides(self, whole: Measured) -> Measured:
+        """What of a token without misses is besides experts and steps."""
         known = len(self._layers) * self._layer_s()
-        low, middle, high = (max(0.0, s - known) for s in (whole.low, whole.seconds, whole.high))
-        return whole, Measured(middle, low, high, whole.repeats, whole.is_steady)
+        low, seconds, high = (max(0.0, s - known) for s in (whole.low, whole.seconds, whole.high))
+        return Measured(seconds, low, high, whole.repeats, whole.is_steady)
 
-    def reads(self, costs: Costs, whole_s: float) -> Reads:
+    def reads(self, costs: Costs, tokens: Tokens) -> Reads:
         """What records take that a step waits for.
 
         Found as the numbers with which the costs say of steps with one miss, and of steps with as many as a token can
         have, what these took in the running model, and for how much of that the disk was at work.
         """
-        shape = self._shape
-        most = min(shape.top_k, *(shape.num_experts - len(r) for r in self._resident.values()))
-        if most < 1:
+        if not tokens.waits:
             return Reads(Measured.exactly(costs.read_s), *[Measured.exactly(0.0)] * 3)
-        waits = {n: self._waits(n, whole_s) for n in sorted({1, most})}
         found = []
         for pick in ("low", "seconds", "high"):
-            wait_s, disk_s = ({n: getattr(both[which], pick) for n, both in waits.items()} for which in (0, 1))
-            found.append(solve(costs, shape.top_k, wait_s, disk_s))
-        steady = all(one.is_steady for both in waits.values() for one in both)
-        repeats = sum(wait.repeats for wait, _ in waits.values())
+            wait_s, disk_s = ({n: getattr(s, pick) for n, s in each.items()} for each in (tokens.waits, tokens.disk))
+            found.append(solve(costs, self._shape.top_k, wait_s, disk_s))
+        steady = all(one.is_steady for each in (tokens.waits, tokens.disk) for one in each.values())
+        repeats = sum(wait.repeats for wait in tokens.waits.values())
 
         def joined(place: int) -> Measured:
             ends = [one[place] for one in found]
             return Measured(found[1][place], min(ends), max(ends), repeats, steady)
 
         return Reads(*map(joined, range(4)))
-
-    def _waits(self, misses: int, whole_s: float) -> tuple[Measured, Measured]:
-        """How much longer a layer's step takes with so many experts missing, and how long the disk is at work in it."""
-
-        def ids(layer: int, tokens: int, k: int) -> torch.Tensor:
-            if tokens > 1:
-                # The prompt's step may choose what it likes, but for a layer whose residents have changed.
-                return self._some(layer, 0, k).expand(tokens, k)
-            return self._some(layer, misses, k)
-
-        disk: list[float] = []
-
-        def sample() -> float:
-            before_s = self._subject.disk_s()
-            wait_s = max(0.0, self._token_s(ids) - whole_s) / len(self._layers)
-            disk.append((self._subject.disk_s() - before_s) / (MORE_TOKENS * len(self._layers)))
-            return wait_s
-
-        wait = sampled(sample)
-        ordered = sorted(disk)
-        aside = len(ordered) // 4
-        middle = statistics.median(ordered)
-        return wait, Measured(middle, ordered[aside], ordered[-1 - aside], len(ordered), wait.is_steady)
 
     def prompt_reads(self, found: Calibration) -> Measured:
         """A record more that a prompt waits for whose tokens choose among all experts."""
@@ -147,7 +170,11 @@ class WholeModel:
         costs = found.costs()
         events: list[tuple[list[Item], int]] = []
 
+        drawing_s = 0.0
+
         def ids(layer: int, count: int, k: int) -> torch.Tensor:
+            nonlocal drawing_s
+            begin = perf_counter()
             chosen = torch.tensor([self._draw.sample(range(self._shape.num_experts), k) for _ in range(count)])
             resident = set(self._work.residents(self._layers[layer]))
             used = torch.bincount(chosen.flatten()).tolist()
@@ -157,11 +184,14 @@ class WholeModel:
                 if n
             ]
             events.append((items, len(resident) - sum(item.place is Place.HOST for item in items)))
+            drawing_s += perf_counter() - begin
             return chosen
 
         def sample() -> float:
+            nonlocal drawing_s
             events.clear()
-            seconds, _ = self._subject.generate(tokens, 1, ids)
+            drawing_s = 0.0
+            seconds = self._subject.generate(tokens, 1, ids)[0] - drawing_s
             other_s = found.dense_s(tokens) + found.steps_s(tokens)
 
             def predicted(read_s: float) -> float:

@@ -46,7 +46,7 @@ def measure(
         tell(4, parts)
         model = WholeModel(subject, shape, work, call.seconds, as_curve(expert), as_curve(step))
         rest = {n: model.prompt(n) for n in subject.forward_tokens}
-        whole, token = model.token()
+        tokens = model.tokens()
         tell(5, parts)
         paths = [str(file.path) for file in subject.source.files]
         looked = look(paths, shape.slot_bytes)
@@ -65,10 +65,10 @@ def measure(
             expert_together=expert_together,
             step=step,
             rest=rest,
-            token=token,
+            token=model.besides(tokens.whole),
             disk_bytes_per_s=looked,
         )
-        found = replace(without, **model.reads(without.costs(), whole.seconds)._asdict())
+        found = replace(without, **model.reads(without.costs(), tokens)._asdict())
         found = replace(found, read_prompt=model.prompt_reads(found))
     tell(6, parts)
     return found

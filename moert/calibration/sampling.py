@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from moert.errors import ConfigError
+
+Key = TypeVar("Key", bound=Hashable)
 
 REPEATS = 7
 ROUNDS = 2
@@ -50,16 +53,36 @@ def sampled(sample: Callable[[], float], repeats: int = REPEATS, rounds: int = R
     Raises:
         ConfigError: a sample is negative or no number.
     """
-    found: list[float] = []
+    return sampled_together(lambda: {"": sample()}, repeats, rounds)[""]
+
+
+def sampled_together(
+    turn: Callable[[], Mapping[Key, float]], repeats: int = REPEATS, rounds: int = ROUNDS
+) -> dict[Key, Measured]:
+    """Several quantities by turns that give one sample of each; until all of them agree, as `sampled` has it.
+
+    Raises:
+        ConfigError: as `sampled`.
+    """
+    found: dict[Key, list[float]] = {}
     for _ in range(rounds):
-        found += [sample() for _ in range(repeats)]
-        if any(not (math.isfinite(s) and s >= 0) for s in found):
-            raise ConfigError(f"a time was measured as {min(found)} to {max(found)} s: the clock is broken")
-        low, middle, high = _quantiles(found, 0.25)
-        if high - low <= SPREAD * middle:
-            return Measured(middle, low, high, len(found))
-    low, middle, high = _quantiles(found, 0.05)
-    return Measured(middle, low, high, len(found), is_steady=False)
+        for _ in range(repeats):
+            for key, seconds in turn().items():
+                if not (math.isfinite(seconds) and seconds >= 0):
+                    raise ConfigError(f"a time was measured as {seconds} s: the clock is broken")
+                found.setdefault(key, []).append(seconds)
+        measured = {key: _measured(samples) for key, samples in found.items()}
+        if all(one.is_steady for one in measured.values()):
+            break
+    return measured
+
+
+def _measured(samples: list[float]) -> Measured:
+    low, middle, high = _quantiles(samples, 0.25)
+    if high - low <= SPREAD * middle:
+        return Measured(middle, low, high, len(samples))
+    low, middle, high = _quantiles(samples, 0.05)
+    return Measured(middle, low, high, len(samples), is_steady=False)
 
 
 def _quantiles(found: list[float], share: float) -> tuple[float, float, float]:
