@@ -9,8 +9,8 @@ With a trace, tokens choose the experts that it says (`moert.follow`): random we
 Without one, the model's own routers decide. All ways are loaded at once, in one process, and take turns, a block of
 tokens each, in another order each time, so that a disk that changes its speed does so for all. The tokens before those
 that count are as many as it may take to find out whether reads ahead of time gain. Experts are read past the page
-cache. Each way's tokens must be those of the first. Gains are medians over blocks, each block against that of the first
-way in the same round.
+cache. Each way's tokens must be those of the first. A gain is of tokens a second over all that count, against the first
+way; beside it the median over blocks, each against that of the first way in the same round.
 """
 
 from __future__ import annotations
@@ -100,8 +100,9 @@ def result(way: Way, first: Way, block: int) -> dict[str, Any]:
     return {
         "way": way.name,
         "options": way.options,
-        "ms_per_token": 1e3 * statistics.median(way.seconds) / block,
-        "gain": statistics.median(one / own for one, own in zip(first.seconds, way.seconds, strict=True)),
+        "ms_per_token": 1e3 * statistics.mean(way.seconds) / block,
+        "gain": sum(first.seconds) / sum(way.seconds),
+        "block_gain": statistics.median(one / own for one, own in zip(first.seconds, way.seconds, strict=True)),
         "hit_rate": stats.hits / (stats.hits + stats.misses),
         "bytes_per_token": stats.bytes_read / tokens,
         "stall_ms_per_token": 1e3 * stats.stall_s / tokens,
@@ -155,12 +156,13 @@ def main(
     if different:
         console.print(f"other tokens than with {ways[0].name}: {', '.join(different)}", style="red")
         raise typer.Exit(1)
-    table = Table("", "ms a token", "gain", "hits", "MB read a token", "ms of it waited")
+    table = Table("", "ms a token", "gain", "of blocks", "hits", "MB read a token", "ms of it waited")
     for row in rows:
         table.add_row(
             row["way"],
             f"{row['ms_per_token']:.1f}",
             f"{row['gain']:.3f}x",
+            f"{row['block_gain']:.3f}x",
             f"{100 * row['hit_rate']:.1f} %",
             f"{row['bytes_per_token'] / 1e6:.1f}",
             f"{row['stall_ms_per_token']:.1f}",

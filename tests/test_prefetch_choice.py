@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import permutations
 
 import pytest
@@ -26,7 +27,8 @@ def expected_gain(order: tuple[Wanted, ...], idle_s: float) -> float:
     for one in order:
         end = begin + one.read_s
         saved = max(0.0, min(end, idle_s) - begin)
-        delay = max(0.0, end - max(begin, idle_s))
+        # Nothing more is begun once others are needed.
+        delay = min(one.begun_s, max(0.0, end - max(begin, idle_s)))
         total += one.chance * saved - (1 - one.chance) * delay
         begin = end
     return total
@@ -37,11 +39,12 @@ def expected_gain(order: tuple[Wanted, ...], idle_s: float) -> float:
     chances=st.lists(st.floats(0, 1), max_size=5),
     leaving=st.lists(st.floats(0, 1), max_size=5).map(sorted),
     idle_s=st.floats(0, 4),
+    begun_s=st.sampled_from([0.0, 0.25, math.inf]),
 )
 def test_no_other_choice_gains_more_where_experts_are_of_one_size(
-    chances: list[float], leaving: list[float], idle_s: float
+    chances: list[float], leaving: list[float], idle_s: float, begun_s: float
 ) -> None:
-    wanted = [Wanted(e(number), chance, 1.0) for number, chance in enumerate(chances)]
+    wanted = [Wanted(e(number), chance, 1.0, begun_s) for number, chance in enumerate(chances)]
     by_id = {one.expert: one for one in wanted}
 
     def gain(order: tuple[Wanted, ...]) -> float:
@@ -60,6 +63,8 @@ def test_what_is_read_in_idle_time_costs_nothing_and_what_is_not_delays_others()
     assert worth_reading([Wanted(e(1), 0.5, 1.0), Wanted(e(2), 0.4, 1.0)], 2.0, [0.0, 0.45]) == [e(1)]
     assert worth_reading([Wanted(e(1), 0.49, 1.0)], 0.5) == []
     assert worth_reading([Wanted(e(1), 0.51, 1.0)], 0.5) == [e(1)]
+    assert worth_reading([Wanted(e(1), 0.35, 1.0, 0.25)], 0.5) == [e(1)], "a quarter of it delays others, not a half"
+    assert worth_reading([Wanted(e(1), 0.33, 1.0, 0.25)], 0.5) == []
     assert worth_reading([Wanted(e(1), 1.0, 1.0)], 0.0) == []
     assert worth_reading([Wanted(e(1), 0.6, 1.0), Wanted(e(2), 0.9, 1.0), Wanted(e(3), 0.6, 1.0)], 1.5) == [e(2), e(1)]
     small_first = [Wanted(e(1), 0.6, 2.0), Wanted(e(2), 0.6, 0.5)]

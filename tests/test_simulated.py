@@ -16,10 +16,11 @@ from trace_support import real_trace
 from moert.cli import main
 from moert.errors import ConfigError, CorruptFileError, MoertError
 from moert.runtime.simulated import simulate_live
-from moert.runtime.virtual import CHUNK_BYTES, VirtualMachine
+from moert.runtime.virtual import VirtualMachine
 from moert.schedule import Costs, Curve
 from moert.simulate.timed import simulate_time
 from moert.tiers.disk import Priority
+from moert.tiers.native_reads import PIECE_BYTES
 from moert.trace import Phase, Sequence, Trace, TraceWriter
 from moert.trace.importers.base import ImportOptions
 from moert.trace.importing import load_importer, recognise
@@ -89,7 +90,7 @@ def never_twice(tokens: int, counted: int) -> Trace:
 def test_the_future_is_read_while_nobody_waits(layer_s: float, predict_s: float, event_s: float) -> None:
     costs = Costs(Curve.constant(0.1), read_s=1.0)
     trace = never_twice(60, 20)
-    how = {"layer_s": layer_s, "expert_bytes": CHUNK_BYTES}
+    how = {"layer_s": layer_s, "expert_bytes": PIECE_BYTES}
     alone = simulate_live(trace, "lru", 2, costs, **how)
     assert alone.seconds_per_token == pytest.approx(2 * (layer_s + 1.1))
     found = simulate_live(trace, "lru", 2, costs, predictor="oracle", predict_s=predict_s, **how)
@@ -104,7 +105,7 @@ def test_the_future_is_read_while_nobody_waits(layer_s: float, predict_s: float,
 
 def test_what_is_read_for_nothing_is_in_the_bound_of_the_own_reads() -> None:
     costs = Costs(Curve.constant(0.1), read_s=1.0)
-    how = {"layer_s": 0.9, "expert_bytes": CHUNK_BYTES, "predictor": "oracle,accuracy=0.5", "predict_s": 0.0}
+    how = {"layer_s": 0.9, "expert_bytes": PIECE_BYTES, "predictor": "oracle,accuracy=0.5", "predict_s": 0.0}
     found = simulate_live(never_twice(200, 100), "lru", 2, costs, **how)
     for_nothing = found.read_ahead - found.forwarded
     assert for_nothing > 10
@@ -115,7 +116,7 @@ def test_what_is_read_for_nothing_is_in_the_bound_of_the_own_reads() -> None:
 def test_reads_beside_other_work_slow_both_down() -> None:
     costs = Costs(Curve.constant(0.5), read_s=1.0, cpu_slowdown=1.5, read_slowdown=2.0)
     found = simulate_live(
-        never_twice(60, 20), "lru", 2, costs, layer_s=3.0, predictor="oracle", predict_s=0.0, expert_bytes=CHUNK_BYTES
+        never_twice(60, 20), "lru", 2, costs, layer_s=3.0, predictor="oracle", predict_s=0.0, expert_bytes=PIECE_BYTES
     )
     # Of the next read's 2 s the expert's .75 and 1.25 of the layer's pass; what is left of that goes on alone. The last
     # expert has no read beside it.
@@ -124,9 +125,9 @@ def test_reads_beside_other_work_slow_both_down() -> None:
 
 def test_a_demand_waits_for_what_has_been_begun_and_no_more() -> None:
     machine = VirtualMachine(4)
-    guess = machine.submit(8.0, 0.5, 8 * CHUNK_BYTES, Priority.PREFETCH)
+    guess = machine.submit(8.0, 0.5, 8 * PIECE_BYTES, Priority.PREFETCH)
     machine.work(0.5)
-    demand = machine.submit(2.0, 9.0, 2 * CHUNK_BYTES, Priority.DEMAND)
+    demand = machine.submit(2.0, 9.0, 2 * PIECE_BYTES, Priority.DEMAND)
     demand.wait()
     assert machine.now == pytest.approx(0.5 + 2 + 2), "two lanes have chunks of the guess"
     machine.work(1.0, cpu_slowdown=2.0)
@@ -137,7 +138,7 @@ def test_a_demand_waits_for_what_has_been_begun_and_no_more() -> None:
     guess.wait()
     assert machine.now == machine.disk_s == pytest.approx(10.5)
     assert not guess.give_up()
-    other = machine.submit(3.0, 0.0, 3 * CHUNK_BYTES, Priority.PREFETCH)
+    other = machine.submit(3.0, 0.0, 3 * PIECE_BYTES, Priority.PREFETCH)
     assert other.give_up()
     with pytest.raises(MoertError, match="given up"):
         other.wait()

@@ -126,6 +126,10 @@ class LayerCache(ABC):
     def read_bytes(self, expert: int) -> int:
         """What bringing `expert` up reads, alignment included."""
 
+    def begun_bytes(self, expert: int) -> int:
+        """Of a read of `expert` that nobody waits for and that is given up, what is read nevertheless at most."""
+        return self.read_bytes(expert)
+
     def start(self, experts: Iterable[ExpertId], priority: Priority) -> list[tuple[ExpertId, Fetch]]:
         """Admit missing experts and start reading them, in this order; returns at once. Settle each with `arrive`.
 

@@ -253,9 +253,11 @@ class LookAhead:
             return [expert for expert, chance in chances.items() if chance >= WORTH]
         wanted = []
         for expert, chance in chances.items():
-            read_s = link.read_s(self._layers[expert.layer].read_bytes(expert.expert))
-            assert read_s is not None
-            wanted.append(Wanted(expert, chance, read_s))
+            layer = self._layers[expert.layer]
+            read_s = link.read_s(layer.read_bytes(expert.expert))
+            begun_s = link.read_s(layer.begun_bytes(expert.expert))
+            assert read_s is not None and begun_s is not None
+            wanted.append(Wanted(expert, chance, read_s, begun_s))
         return worth_reading(wanted, idle_s - busy_s, losses)
 
 

@@ -84,6 +84,17 @@ class SlotLayer(LayerCache):
     def read_bytes(self, expert: int) -> int:
         return (self._known[expert] or self._know(expert)).read_bytes
 
+    def begun_bytes(self, expert: int) -> int:
+        known = self._known[expert] or self._know(expert)
+        record, plan = known.record, known.plan
+        check_follows = record.check is not None and not record.check.is_over
+        is_in_pieces = (
+            (record.is_direct or plan.moves is not None)
+            and not check_follows
+            and all(file.direct for file in plan.files)
+        )
+        return min(known.read_bytes, self._reader.begun_bytes) if is_in_pieces else known.read_bytes
+
     def _know(self, expert: int) -> _Known:
         record = self._source.record(self.spec.index, expert)
         windows = [

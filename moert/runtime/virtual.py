@@ -15,10 +15,8 @@ from moert.runtime.fused import FusedExperts
 from moert.runtime.layer import Fetch, LayerCache, LayerSpec, Weights
 from moert.schedule import Costs
 from moert.tiers.disk import Priority, ReadHandle
+from moert.tiers.native_reads import PIECE_BYTES, guess_lanes
 from moert.types import ExpertId
-
-CHUNK_BYTES = 1 << 20
-"""A disk begins so much of a record at a time, as the reader's threads do."""
 
 
 class VirtualRead:
@@ -28,7 +26,7 @@ class VirtualRead:
         self._machine = machine
         self._nbytes = nbytes
         self.read_s = seconds
-        self.chunks = max(1, round(nbytes / CHUNK_BYTES))
+        self.chunks = max(1, round(nbytes / PIECE_BYTES))
         self.begun = self.ended = 0
         """Of the chunks."""
         self.priority = priority
@@ -95,6 +93,8 @@ class VirtualMachine:
         self.thought_s = 0.0
         """Of the time, what passed in `thinking`."""
         self._lanes = lanes
+        self.guesses = guess_lanes(lanes)
+        """Of them, for what nobody waits for."""
         self._begun: list[VirtualRead] = []
         """Of each chunk that has been, its record."""
         self._left_s = 0.0
@@ -168,7 +168,7 @@ class VirtualMachine:
             self._queue = [read for read in self._queue if not read.is_given_up and read.begun < read.chunks]
             first = min(self._queue, key=lambda read: read.priority, default=None)
             guesses = sum(read.priority is not Priority.DEMAND for read in self._begun)
-            if first is None or (first.priority is not Priority.DEMAND and guesses >= max(1, self._lanes // 2)):
+            if first is None or (first.priority is not Priority.DEMAND and guesses >= self.guesses):
                 return
             first.begun += 1
             self._begun.append(first)
@@ -268,6 +268,9 @@ class VirtualLayer(LayerCache):
 
     def read_bytes(self, expert: int) -> int:
         return self._record_bytes
+
+    def begun_bytes(self, expert: int) -> int:
+        return min(self._record_bytes, self._machine.guesses * PIECE_BYTES)
 
     def _can_submit(self, others: int = 0) -> bool:
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -19,16 +20,19 @@ class Wanted(NamedTuple):
     """That it is."""
     read_s: float
     """The link is busy with it for so long."""
+    begun_s: float = math.inf
+    """Of a read that is given up, so much at most goes on; inf: all that is left of it."""
 
     def gain_s(self, idle_s: float, loss: float = 0.0) -> float:
         """Seconds that are expected to be gained by starting it now, with so much idle time left.
 
         If it is needed, what was read of it in idle time need not be waited for; the rest would be read then anyway. If
-        not, what is left of the read when others are needed delays those. `loss` is the chance that what leaves for it
-        is needed, and has to be read in its turn.
+        not, it is given up when others are needed, and what has been begun of it then delays those. `loss` is the
+        chance that what leaves for it is needed, and has to be read in its turn.
         """
         inside_s = min(max(idle_s, 0.0), self.read_s)
-        return self.chance * inside_s - (1 - self.chance) * (self.read_s - inside_s) - loss * self.read_s
+        delay_s = min(self.read_s - inside_s, self.begun_s)
+        return self.chance * inside_s - (1 - self.chance) * delay_s - loss * self.read_s
 
 
 def worth_reading(wanted: Sequence[Wanted], idle_s: float, losses: Sequence[float] | None = None) -> list[ExpertId]:

@@ -37,6 +37,10 @@ _UNDER_WAY, _WHOLE, _FAILED, _CANCELLED, _CLOSED = range(5)
 _Part = tuple[int, int, int, int, int, int, int, int, int]
 
 
+PIECE_BYTES = 1 << 20
+"""Of a record, what is read at once; `kChunkBytes` of the extension."""
+
+
 def guess_lanes(depth: int) -> int:
     """How many of `depth` reads may be no demands, unless somebody says otherwise."""
     return max(1, depth // 2)
@@ -159,6 +163,12 @@ class NativeReads:
             return self._depth
         with self._lock:
             return max((tuner.depth for tuner in self._tuners.values()), default=START_DEPTH)
+
+    @property
+    def prefetch_depth(self) -> int:
+        """How many of those may be no demands."""
+        depth = self.depth
+        return min(self._prefetch_depth or guess_lanes(depth), depth)
 
     def check_process(self) -> None:
         check_process(self._pid)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from moert import _C
 from moert.tiers.depth import START_DEPTH
-from moert.tiers.native_reads import NativeReads, guess_lanes
+from moert.tiers.native_reads import PIECE_BYTES, NativeReads, guess_lanes
 from moert.tiers.read import Finish, Moving, Priority, Read, ReadHandle, ReadTotals, reader_closed
 from moert.tiers.read_plan import PlannedRead
 from moert.tiers.thread_reads import ThreadReads
@@ -83,6 +83,11 @@ class DiskReader:
     def depth(self) -> int:
         """Most pieces in flight at once, of one disk; now, where it is measured."""
         return self._reads.native.depth
+
+    @property
+    def begun_bytes(self) -> int:
+        """Of records read in pieces, and for nobody who waits, what is in flight at most once they are given up."""
+        return self._reads.native.prefetch_depth * PIECE_BYTES
 
     @property
     def closed(self) -> bool:
