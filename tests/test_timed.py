@@ -17,6 +17,7 @@ from moert.errors import CapacityError, ConfigError
 from moert.schedule import Costs, Curve, Promotion, scheduler_names
 from moert.simulate import simulate
 from moert.simulate.bound import least_seconds
+from moert.simulate.link import Link
 from moert.simulate.steps import first_tokens
 from moert.simulate.timed import simulate_time
 from moert.trace import Phase
@@ -185,6 +186,35 @@ def test_what_arrives_while_the_cpu_computes_is_there_for_the_next_event() -> No
     costs = Costs(Curve.constant(6), Curve.constant(1), move_s=6)
     found = simulate_time(trace_of([4], [[[1]], [[1]]], top_k=1), "ema", 1, costs, layer_s=1, promotion=Promotion())
     assert (found.event_hits, found.promoted, found.seconds) == ((0, 1), 1, 1 + 6 + 1 + 1)
+
+
+def test_what_is_still_moving_when_an_event_ends_is_not_there_for_the_next() -> None:
+    """Link 6 in 3 chunks of 2: the CPU has 1 from 1 to 6, the last chunk moves from 5 to 7."""
+    costs = Costs(Curve.constant(5), Curve.constant(1), move_s=6)
+    trace = trace_of([4], [[[1]]] * 3, top_k=1)
+    found = simulate_time(trace, "ema", 1, costs, layer_s=1, promotion=Promotion(chunks=3))
+    # The second event begins at 7 without it and is on the CPU too; when it ends, the expert takes its place.
+    assert (found.event_hits, found.promoted) == ((0, 0, 1), 1)
+    assert (found.seconds, found.link_s) == (1 + 5 + 1 + 5 + 1 + 1, 6)
+
+
+def test_a_chunk_has_moved_when_its_time_is_over_and_counts_only_for_what_it_is_of() -> None:
+    """Link 6 in 2 chunks of 3. One of expert 1, which comes another way meanwhile, then two of expert 2."""
+    one, two = ExpertId(0, 1), ExpertId(0, 2)
+    promotion = Promotion(chunks=2)
+    link = Link([Costs(Curve.constant(1), Curve.constant(1), move_s=6)], promotion)
+    promotion.observe([one, two])
+    promotion.offer(0, [one], None)
+    link.promote_until(1)
+    assert link.free_s == 3
+    link.drop([one])
+    promotion.offer(0, [two], None)
+    for now, finished, free_s in ((2, 0, 3), (3, 0, 3), (4, 0, 6), (6, 0, 6), (7, 0, 9), (8, 0, 9), (9, 1, 9)):
+        link.promote_until(now)
+        assert (promotion.finished, link.free_s) == (finished, free_s), now
+    assert [swap.expert for swap in promotion.install(lambda _: None)] == [two]
+    link.carry(5, 6)
+    assert (link.free_s, link.busy_s) == (15, 15)
 
 
 def test_the_most_valuable_is_fetched_and_a_promotion_of_it_is_over() -> None:

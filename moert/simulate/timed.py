@@ -14,6 +14,7 @@ from moert.simulate.ahead import Worths, look_ahead
 from moert.simulate.bound import bounds
 from moert.simulate.capacity import expert_sizes, parse_capacity, plan_caches
 from moert.simulate.events import Count, Reading, TraceSource, open_trace
+from moert.simulate.link import Link
 from moert.simulate.run import EventSource, scores_matter
 from moert.simulate.steps import Event, read_steps
 from moert.trace.sequence import TraceHeader
@@ -167,7 +168,7 @@ def simulate_time(
         fetched=replay.fetched,
         on_cpu=replay.on_cpu,
         promoted=replay.promoted,
-        link_s=replay.link_s,
+        link_s=replay.link.busy_s,
         bound_s=bound_s,
         own_bound_s=own_bound_s,
         event_hits=tuple(replay.event_hits),
@@ -204,10 +205,10 @@ class _Replay:
         self._residents: list[set[ExpertId]] = [set() for _ in header.layers]
         self._known: dict[tuple[int, int, int], _Run] = {}
         self._same_costs = [costs.index(one) for one in costs]
-        self._link_free_s = 0.0
+        self.link = Link(costs, self._promotion)
+        """The disk, on a machine without a device."""
         self.seconds = 0.0
         self.accesses = self.hits = self.fetched = self.on_cpu = self.promoted = self.counted = 0
-        self.link_s = 0.0
         self.event_hits: list[int] = []
 
     def step(self, event: Event) -> None:
@@ -226,7 +227,7 @@ class _Replay:
         else:
             turn_over(policy, residents, event.experts, misses, self._capacity[event.layer])
             if self._promotion is not None:
-                self._promotion.drop(residents.intersection(misses))
+                self.link.drop(residents.intersection(misses))
 
     def put(self, experts: Iterable[ExpertId]) -> None:
         """Have these in the caches and no others.
@@ -246,11 +247,11 @@ class _Replay:
 
     def _time(self, event: Event, misses: list[ExpertId], policy: Policy, residents: set[ExpertId]) -> None:
         begin = self.seconds + self._layer_s
-        self._promote_until(begin)
+        self.link.promote_until(begin)
         costs = self._costs[event.layer]
         run, misses = self._plan(event, misses)
         fetched = [misses[place] for place in run.fetch]
-        delay = max(0.0, self._link_free_s - begin)
+        delay = max(0.0, self.link.free_s - begin)
         device_s = run.device_s
         if fetched and delay and self._has_device:
             waiting = (len(fetched) - 1) * max(costs.move_s, run.run_s)
@@ -258,8 +259,7 @@ class _Replay:
         end = begin + max(device_s, run.cpu_s)
         if fetched:
             step_s = costs.move_s if self._has_device else costs.each_read_s(len(fetched))
-            self._link_free_s = begin + delay + len(fetched) * step_s
-            self.link_s += len(fetched) * step_s
+            self.link.carry(begin, len(fetched) * step_s)
         self.counted += 1
         self.accesses += len(event.experts)
         self.hits += len(event.experts) - len(misses)
@@ -274,9 +274,9 @@ class _Replay:
             self._admit(expert, policy, residents)
         if self._promotion is not None:
             left = [expert for expert in misses if expert not in residents]
-            self._promotion.drop(residents.intersection(fetched))
+            self.link.drop(residents.intersection(fetched))
             self._promotion.offer(event.layer, left, self._weakest(event.layer))
-            self._promote_until(end)
+            self.link.promote_until(end)
             self._install()
 
     def _plan(self, event: Event, misses: list[ExpertId]) -> tuple[_Run, list[ExpertId]]:
@@ -326,20 +326,6 @@ class _Replay:
         if len(self._residents[layer]) < self._capacity[layer]:
             return None
         return self.policies[layer].victim(frozenset())
-
-    def _promote_until(self, now: float) -> None:
-        """Chunks of promotions while the link is idle before `now`; a fetch waits for the end of the last."""
-        if self._promotion is None:
-            return
-        while self._link_free_s < now:
-            expert = self._promotion.next_chunk()
-            if expert is None:
-                self._link_free_s = now
-                return
-            chunk_s = self._costs[expert.layer].move_s / self._promotion.chunks
-            self._link_free_s += chunk_s
-            self.link_s += chunk_s
-            self._promotion.chunk_done()
 
     def _install(self) -> None:
         assert self._promotion is not None
