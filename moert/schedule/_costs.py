@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from moert.errors import ConfigError
 
@@ -80,7 +81,6 @@ class Costs:
     """How many times as long the CPU takes while the disk reads."""
     read_slowdown: float = 1.0
     """How many times as long a read takes while the CPU computes."""
-    _cpu_times: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in (
@@ -117,14 +117,32 @@ class Costs:
 
     def cpu_s(self, tokens: int) -> float:
         """One expert on the CPU for so many tokens."""
-        known = self._cpu_times.get(tokens)
-        if known is None:
-            known = self._cpu_times[tokens] = self.cpu(tokens)
-        return known
+        return self.cpu_times[tokens]
 
     def device_s(self, tokens: Sequence[int] | int) -> float:
         """One expert on the device for so many tokens; for several numbers, their mean."""
-        assert self.device is not None, "there is no device"
         if isinstance(tokens, int):
-            return self.device(tokens)
-        return sum(map(self.device, tokens)) / len(tokens) if tokens else 0.0
+            return self._device_times[tokens]
+        return sum(map(self._device_times.__getitem__, tokens)) / len(tokens) if tokens else 0.0
+
+    @cached_property
+    def cpu_times(self) -> Mapping[int, float]:
+        """`cpu_s` by tokens."""
+        return _Times(self.cpu)
+
+    @cached_property
+    def _device_times(self) -> _Times:
+        assert self.device is not None, "there is no device"
+        return _Times(self.device)
+
+
+class _Times(dict[int, float]):
+    """A curve's seconds by tokens, each worked out once."""
+
+    def __init__(self, curve: Curve) -> None:
+        super().__init__()
+        self._curve = curve
+
+    def __missing__(self, tokens: int) -> float:
+        seconds = self[tokens] = self._curve(tokens)
+        return seconds

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import IntEnum
+from itertools import accumulate
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 from moert.schedule._costs import Costs
@@ -28,6 +30,10 @@ class Item(NamedTuple):
     place: Place
     value: float = 0.0
     """What having it on the device afterwards is worth: of experts that cost the same the most valuable are fetched."""
+
+
+_HERE, _HOST, _DISK = Place
+_tokens, _tail = attrgetter("tokens"), itemgetter(0)
 
 
 class Schedule(NamedTuple):
@@ -60,19 +66,21 @@ def arrange(cpu: Sequence[Item], device: Sequence[Item], costs: Costs) -> Schedu
     What waits for nothing comes first. Of those on disk the one is read first that has most to be done after it
     (Jackson's rule), with longer work before shorter on the CPU.
     """
-    resident = [item for item in device if item.place is Place.DEVICE]
-    fetch = sorted((item for item in device if item.place is not Place.DEVICE), key=lambda item: item.place)
-    on_cpu = sorted(cpu, key=lambda item: (item.place is Place.DISK, -item.tokens))
-    from_disk = [item for item in on_cpu if item.place is Place.DISK]
+    resident = [item for item in device if item.place is _HERE]
+    to_device = [item for item in device if item.place is _DISK]
+    fetch = [item for item in device if item.place is _HOST] + to_device
+    from_disk = sorted([item for item in cpu if item.place is _DISK], key=_tokens, reverse=True)
+    on_cpu = sorted([item for item in cpu if item.place is not _DISK], key=_tokens, reverse=True) + from_disk
     tails = []
-    rest = 0.0
-    for item in reversed(from_disk):
-        rest += costs.cpu_s(item.tokens)
-        tails.append((rest + costs.merge_s, item))
-    to_device = [item for item in fetch if item.place is Place.DISK]
+    if from_disk:
+        from_disk.reverse()
+        times, merge_s = costs.cpu_times, costs.merge_s
+        rests = accumulate([times[item.tokens] for item in from_disk])
+        tails += [(rest + merge_s, item) for rest, item in zip(rests, from_disk, strict=True)]
     if to_device:
-        run_s = costs.device_s([item.tokens for item in device])
-        for behind, item in enumerate(reversed(to_device), start=1):
-            tails.append((max(costs.move_s * behind + run_s, costs.move_s + run_s * behind), item))
-    read = tuple(item for _, item in sorted(tails, key=lambda tail: -tail[0]))
-    return Schedule((*resident, *fetch), tuple(fetch), tuple(on_cpu), read)
+        to_device.reverse()
+        # Moving and running overlap: the longer of the two sets the pace, and the other comes once.
+        once_s, pace_s = sorted((costs.move_s, costs.device_s([item.tokens for item in device])))
+        tails += [(n * pace_s + once_s, item) for n, item in enumerate(to_device, start=1)]
+    tails.sort(key=_tail, reverse=True)
+    return Schedule((*resident, *fetch), tuple(fetch), tuple(on_cpu), tuple([item for _, item in tails]))
