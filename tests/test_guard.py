@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -213,6 +214,35 @@ def test_trials_cost_half_a_percent_at_most() -> None:
     seconds = {"a": 1.0, "b": 40.0}
     done = drive(seconds, 50_000)[WARM:]
     assert 0 < done.count("b") * 39.0 <= ALLOWANCE * sum(seconds[way] for way in done)
+
+
+def test_a_way_that_stays_slower_is_tried_every_4096_steps_in_the_end() -> None:
+    done = drive({"a": 1.0, "b": 1.2}, 30_000)
+    begins = [step for step in range(1, len(done)) if done[step - 1 : step + 1] == ["a", "b"]]
+    rests = [later - begin for begin, later in itertools.pairwise(begins)]
+    # Of the eight steps of a trial on.
+    assert rests[2:] == [520, 1032, 2056, *[4096 + 8] * (len(rests) - 5)]
+    assert len(rests) > 8
+
+
+@pytest.mark.parametrize(("other", "chosen"), [(0.993, "a"), (0.985, "b")])
+def test_a_gain_below_a_percent_changes_nothing(other: float, chosen: str) -> None:
+    guard = Guard(("a", "b"))
+    assert drive({"a": 1.0, "b": other}, 500, guard)[-40:] == [chosen] * 40
+    assert guard.switches == (chosen == "b")
+    assert guard.best(("a", "b")) == chosen
+
+
+def test_the_first_three_steps_of_a_trial_do_not_count() -> None:
+    guard = Guard(("a", "b"))
+    while not guard.is_trying:
+        guard.note(1.0)
+    # The median of all eight, or of seven of them, is 1.05; that of the last two too.
+    for seconds in [1.9] * 3 + [0.98] * 3 + [1.05] * 2:
+        assert guard.is_trying
+        guard.note(seconds)
+    assert not guard.is_trying
+    assert (guard.way, guard.switches) == ("b", 1)
 
 
 def test_a_way_that_is_predicted_to_be_slow_is_not_tried_first() -> None:

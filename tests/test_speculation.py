@@ -16,6 +16,7 @@ import moert
 from moert.errors import ConfigError
 from moert.speculation import LENGTHS, Governor, govern
 from moert.speculation.curves import Acceptance, Costs, union_growth
+from moert.speculation.governor import Promise
 
 ACCEPTANCE = {
     "none": [0.0] * 7,
@@ -147,6 +148,34 @@ def test_never_more_than_are_allowed() -> None:
         assert n <= most
         governor.note(n - 1, n - 1, text.seconds[n])
     assert governor.choose(12) == 8
+
+
+class Told(Governor):
+    """Knows what lengths promise, without doubt, so that it tries nothing while it speculates."""
+
+    def __init__(self, promised: dict[int, float]) -> None:
+        super().__init__()
+        self.promised = promised
+
+    def _promise(self, n: int, *, at_best: bool = False) -> Promise:
+        return Promise(0.0 if at_best else self.promised[n], 1.0)
+
+    def steps(self, count: int) -> set[int]:
+        chosen = set()
+        for _ in range(count):
+            n = self.choose(max(self.promised))
+            self.note(n - 1, n - 1, 1.0)
+            chosen.add(n)
+        return chosen
+
+
+def test_another_length_is_chosen_where_it_promises_a_percent_more() -> None:
+    told = Told({1: 0.5, 2: 1.0, 3: 1.1})
+    assert told.steps(8) == {1, 2}
+    assert told.steps(8) == {3}
+    for gain, chosen in ((0.007, 3), (0.013, 2)):
+        told.promised |= {2: 1 + gain, 3: 1.0}
+        assert told.steps(8) == {chosen}, gain
 
 
 def test_union_by_counting_all_draws() -> None:
