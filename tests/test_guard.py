@@ -216,13 +216,39 @@ def test_trials_cost_half_a_percent_at_most() -> None:
     assert 0 < done.count("b") * 39.0 <= ALLOWANCE * sum(seconds[way] for way in done)
 
 
-def test_a_way_that_stays_slower_is_tried_every_4096_steps_in_the_end() -> None:
-    done = drive({"a": 1.0, "b": 1.2}, 30_000)
+def rests_between_trials(other: float) -> list[int]:
+    """Steps from one trial's begin to the next one's."""
+    done = drive({"a": 1.0, "b": other}, 30_000)
     begins = [step for step in range(1, len(done)) if done[step - 1 : step + 1] == ["a", "b"]]
-    rests = [later - begin for begin, later in itertools.pairwise(begins)]
+    return [later - begin for begin, later in itertools.pairwise(begins)]
+
+
+def test_a_way_that_stays_slower_is_tried_every_4096_steps_in_the_end() -> None:
+    rests = rests_between_trials(1.2)
     # Of the eight steps of a trial on.
     assert rests[2:] == [520, 1032, 2056, *[4096 + 8] * (len(rests) - 5)]
     assert len(rests) > 8
+
+
+def test_a_way_that_is_close_is_tried_as_often_as_its_cost_allows() -> None:
+    assert set(rests_between_trials(1.04)) == {64 + 8}
+    # Of half a percent of all steps' time, a trial of eight steps takes 0.88.
+    assert max(rests_between_trials(1.11)[2:]) == pytest.approx(8 * 0.11 / ALLOWANCE, abs=1)
+    assert max(rests_between_trials(1.13)) == 4096 + 8
+
+
+@pytest.mark.parametrize(("now", "is_noticed"), [(0.8, False), (0.7, True)])
+def test_a_change_by_a_quarter_makes_others_worth_a_trial(now: float, is_noticed: bool) -> None:
+    guard = Guard(("a", "b"))
+    drive({"a": 1.0, "b": 1.2}, 10_000, guard)
+    assert ("b" in drive({"a": now, "b": 1.2}, 300, guard)) == is_noticed
+
+
+def test_what_changes_all_the_time_is_no_reason_to_try_all_the_time() -> None:
+    guard = Guard(("a", "b"))
+    done = [way for turn in range(100) for way in drive({"a": (1.0, 0.7)[turn % 2], "b": 1.2}, 64, guard)]
+    # A change counts once in 1024 steps, and is followed by few trials.
+    assert done.count("b") / 8 <= 2 * len(done) / 1024
 
 
 @pytest.mark.parametrize(("other", "chosen"), [(0.993, "a"), (0.985, "b")])

@@ -110,6 +110,15 @@ def test_a_small_gain_is_not_worth_it() -> None:
     assert promotion.next_chunk() == expert(1)
 
 
+def test_of_equal_gains_the_first_is_brought_and_no_gain_is_none() -> None:
+    promotion = Promotion(hysteresis=0.0)
+    promotion.observe([expert(0), expert(1), expert(2)])
+    promotion.offer(0, [expert(2), expert(1)], expert(0))
+    assert promotion.next_chunk() is None
+    promotion.offer(0, [expert(2), expert(1)], None)
+    assert promotion.next_chunk() == expert(1)
+
+
 def test_only_the_latest_event_of_a_layer_has_candidates() -> None:
     promotion = Promotion()
     used(promotion, {0: 1, 1: 8})
