@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from moert.config import Budget, OffloadConfig
-from moert.device.base import CaptureError, Graph
 from moert.errors import MoertError
 from moert.kernels.moe_block import BlockOutput, ExpertTable
 from moert.kernels.token_layer import LayerOutput
@@ -25,13 +24,14 @@ from moert.runtime.look_ahead import LookAhead
 from moert.runtime.one_token import TokenArguments, TokenKernel, count_whole, run_whole_layer
 from moert.runtime.pace import Pace
 from moert.runtime.pipeline import Pipeline
+from moert.runtime.planned_calls import PlannedCalls
 from moert.runtime.records import RecordSource
 from moert.runtime.sizing import HostSizing
 from moert.runtime.slot_layer import SlotLayer
 from moert.runtime.staging import StagingPool
 from moert.runtime.stats import LayerStats, Stats
 from moert.runtime.step import SHOWN_TOKENS, run_step
-from moert.runtime.uses import UsedAlone, whole
+from moert.runtime.uses import whole
 from moert.tiers.depth import START_DEPTH
 from moert.tiers.disk import DiskReader, Priority
 from moert.types import ExpertId
@@ -46,7 +46,7 @@ MAX_BYTES_IN_FLIGHT = 1 << 30
 """Of a few huge experts it is not worth reading many at once."""
 
 
-class OffloadRuntime(UsedAlone):
+class OffloadRuntime(PlannedCalls):
     """The experts of one model. Owns its memory, threads and files until `close`; one step runs at a time.
 
     `moert.runtime.building` makes them.
@@ -75,8 +75,6 @@ class OffloadRuntime(UsedAlone):
         self._scratch = Scratch()
         self.look_ahead: LookAhead | None = None
         """Prefetches what the next layers are expected to need; None: nothing is predicted."""
-        self.device: DeviceTier | DeviceGroup | None = None
-        """The tier above host memory; `attach` sets it."""
         self._all_rest = False
         """Whether the latest `run_ahead` was of all layers, and no predictor need be told."""
         self._closed: str | None = None
@@ -230,72 +228,6 @@ class OffloadRuntime(UsedAlone):
         cache = self.layers[layer]
         assert isinstance(cache, DeviceLayer)
         return cache.run(own_forward, hidden, top_k_index, top_k_weights)
-
-    @property
-    def is_planning(self) -> bool:
-        """Whether a device runs passes of one token by itself now; asked at any time, without waiting for another
-        use."""
-        return self.device is not None and self.device.is_planning
-
-    @property
-    def may_miss(self) -> bool:
-        """Whether the passes that a device runs by itself now may turn out to be void."""
-        return self.device is not None and self.device.may_miss
-
-    @whole
-    def begin_planned(self, can_repeat: Callable[[], bool]) -> bool:
-        """A pass of one token begins, which is the device's if this returns True, by a graph or not. The caller asks
-        `is_void` when it is over, and does it again then; only if he `can_repeat` it may that be.
-
-        Raises:
-            MoertError: the runtime has been closed.
-        """
-        if self._sizing is not None:
-            self._sizing.relieve()
-        assert self.device is not None
-        self._pace.begin(1)
-        return self.device.begin_planned(can_repeat)
-
-    @whole
-    def is_void(self) -> bool:
-        """Whether the pass that is over needed an expert that was on disk: it does not count, and the host decides
-        about it when it is done again. Blocks until it is over, if it could be.
-
-        Raises:
-            MoertError: the runtime has been closed.
-        """
-        is_void = self.device is not None and self.device.is_void()
-        self._pace.repeat(is_void)
-        return is_void
-
-    def capture(self, work: Callable[[], object]) -> Graph:
-        """Make a graph of a pass that the device runs by itself; see `Device.capture`. Steps within it count nothing.
-
-        Raises:
-            MoertError: the runtime has been closed.
-            CaptureError, OutOfDeviceMemoryError: there is none.
-        """
-        with self.alone():
-            if not self.is_planning:
-                raise CaptureError("the device does not run passes by itself any more")
-            assert self.device is not None
-            return self.device.capture(work)
-
-    @whole
-    def replay(self, graph: Graph) -> bool:
-        """Do a pass that `begin_planned` was told of by a graph of `capture`. Returns at once.
-
-        Returns:
-            False, and nothing has happened, if the device has ceased to run passes by itself since: experts may be
-            elsewhere in host memory than the graph would look for them.
-
-        Raises:
-            MoertError: the runtime has been closed.
-        """
-        if not self.is_planning:
-            return False
-        graph.replay()
-        return True
 
     def enters(self, layer: int) -> bool:
         """Whether `enter` would do anything; asked at any time, without waiting for another use."""
