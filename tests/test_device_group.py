@@ -37,10 +37,9 @@ OPTIONS = {"costs": COSTS, "headroom_bytes": 0}
 def machines(n: int = 2, *settings: Machine, virtual: bool = False) -> list[SimulatedDevice]:
     """Devices of one machine: what one of them page-locks, all may copy from, and nobody may lock it again."""
     each = settings or (LINK,) * n
-    devices = [SimulatedDevice(one, name=f"simulated {i}", virtual=virtual) for i, one in enumerate(each)]
-    for device in devices[1:]:
-        device._locked = devices[0]._locked
-    return devices
+    first = SimulatedDevice(each[0], name="simulated 0", virtual=virtual)
+    others = enumerate(each[1:], start=1)
+    return [first, *(SimulatedDevice(one, name=f"simulated {i}", virtual=virtual, beside=first) for i, one in others)]
 
 
 def grouped(devices: list[SimulatedDevice], **options: Any) -> tuple[Any, DeviceGroup]:

@@ -66,7 +66,15 @@ class SimulatedDevice(Device):
     `others_bytes` is memory that somebody else has taken meanwhile; `lose` is the end of it all.
     """
 
-    def __init__(self, machine: Machine | None = None, *, virtual: bool = False, name: str = "simulated") -> None:
+    def __init__(
+        self,
+        machine: Machine | None = None,
+        *,
+        virtual: bool = False,
+        name: str = "simulated",
+        beside: SimulatedDevice | None = None,
+    ) -> None:
+        """`beside`: one of the same computer, so that what is page-locked for either is so for both."""
         self.name = name
         self.torch_device = torch.device("cpu")
         self.machine = machine or Machine()
@@ -78,7 +86,7 @@ class SimulatedDevice(Device):
         self.up, self.down = Link("up"), Link("down")
         self._engine: Engine = VirtualTime(self) if virtual else Threads(self)
         self._numbers = itertools.count()
-        self._locked: dict[int, int] = {}
+        self._locked: dict[int, int] = {} if beside is None else beside._locked
         self._own: dict[int, int] = {}
         self._closed = False
         self._captured: _CapturedStream | None = None
@@ -146,7 +154,7 @@ class SimulatedDevice(Device):
         with torch.inference_mode(False):
             memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
         self.used_bytes += nbytes
-        weakref.finalize(memory, self._freed, nbytes).atexit = False
+        weakref.finalize(memory.untyped_storage(), self._freed, nbytes).atexit = False
         return memory
 
     def _freed(self, nbytes: int) -> None:
@@ -156,7 +164,7 @@ class SimulatedDevice(Device):
         with torch.inference_mode(False):
             memory = torch.zeros(nbytes, dtype=torch.uint8)
         self.page_lock(memory.data_ptr(), memory.nbytes)
-        weakref.finalize(memory, self._locked_freed, memory.data_ptr()).atexit = False
+        weakref.finalize(memory.untyped_storage(), self._locked_freed, memory.data_ptr()).atexit = False
         return memory
 
     def _locked_freed(self, address: int) -> None:

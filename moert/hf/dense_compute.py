@@ -128,8 +128,11 @@ def give_back(model: nn.Module) -> None:
         _hooks.pop(model).remove()
     taken = (reference() for reference in _taken.pop(model, ()))
     for module in (*taken, *model.modules()):
-        if module is not None and isinstance(vars(module).get("forward"), OwnForward):
+        own = None if module is None else vars(module).get("forward")
+        if module is not None and isinstance(own, OwnForward):
             del module.forward
+            if own.before is not None:
+                module.forward = own.before
 
 
 def count(model: nn.Module, kind: type[OwnForward] = DenseForward) -> int:

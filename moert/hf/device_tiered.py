@@ -14,7 +14,7 @@ from moert.device.base import Device
 from moert.errors import CapacityError, ConfigError, MoertError
 from moert.hf.cache_needs import cache_bytes_beside
 from moert.hf.experts import OffloadedExperts
-from moert.hf.graphed_forward import graph_passes
+from moert.hf.graphed_forward import spare_and_graph
 from moert.hf.homes import dense_tensors, move_back, note_homes
 from moert.hf.model import offloaded_modules
 from moert.hf.placement import DeviceMap, locate, move, read_device_map, remove_hooks, where_is
@@ -126,8 +126,7 @@ def put_on_device(
         check_device(runtime, tiers, computes, _hidden_size(model))
         warnings.warn(NEW, RuntimeWarning, stacklevel=4)
     look_no_more(model)  # nothing is predicted over a device, and who looks within a pass keeps it from being a graph
-    if isinstance(tier, DeviceTier):
-        graph_passes(model, runtime)
+    spare_and_graph(model, runtime)
     return tier
 
 

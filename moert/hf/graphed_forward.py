@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 import warnings
 import weakref
@@ -10,22 +9,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as every_module
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.utils.generic import ModelOutput
 
 from moert.device.base import CaptureError, Graph, OutOfDeviceMemoryError
-from moert.hf.own_forward import OwnForward, is_recorded
+from moert.hf.spared_forward import SparedForward, has_hooks, is_unseen
 from moert.hf.unchanged import Unchanged
+from moert.runtime.device_tier import DeviceTier
 from moert.runtime.runtime import OffloadRuntime
 
 WARM_UPS = 2
 """Passes before a graph is captured: what is compiled or allocated at first must have been."""
 
 
-class GraphedForward(OwnForward):
-    """Stands in the `forward` of a whole model whose experts come to a device as they are needed.
+class GraphedForward(SparedForward):
+    """Stands in the `forward` of a whole model whose experts come to one device as they are needed.
 
     Passes of one token over a cache of fixed size, between which only tensors' contents change, are captured once and
     then replayed, while the device runs its passes by itself (`moert.runtime.device_planned`). Anything else is
@@ -39,12 +37,8 @@ class GraphedForward(OwnForward):
     """
 
     def __init__(self, module: nn.Module, runtime: OffloadRuntime) -> None:
-        super().__init__(module)
-        self._runtime = runtime
+        super().__init__(module, runtime)
         self._forward = type(module).forward
-        # `generate` looks at what a model takes.
-        self.__signature__ = inspect.signature(module.forward)
-        self._names = list(self.__signature__.parameters)
         self._turn = threading.RLock()
         self._signature: tuple[Any, ...] | None = None
         self._seen = 0
@@ -60,18 +54,12 @@ class GraphedForward(OwnForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the class's forward."""
-        module = self.module()
-        own = type(module).forward
-        if is_recorded():
-            return own(module, *args, **kwargs)
         # Between its beginning and the question whether it was void a pass must be the only one.
         with self._turn:
-            return self._call(module, own, args, kwargs)
+            return super().__call__(*args, **kwargs)
 
-    def _call(self, module: nn.Module, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args and len(args) <= len(self._names):
-            kwargs |= dict(zip(self._names, args, strict=False))
-            args = ()
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        own = type(module).forward
         if args or own is not self._forward or not self._is_usual(module, kwargs):
             return own(module, *args, **kwargs)
         cache = kwargs["past_key_values"]
@@ -80,7 +68,8 @@ class GraphedForward(OwnForward):
         signature = (self._runtime.may_miss, *_signature(kwargs))
         if signature != self._signature or not (self._pass is None or self._pass.takes(cache)):
             # One at a time: the memory of its pass is the graph's own.
-            self._signature, self._seen, self._pass, self.why_not = signature, 0, None, None
+            self.drop_graphs()
+            self._signature = signature
         if self._pass is None and self.is_on and self._seen >= WARM_UPS and self.why_not is None:
             self._capture(module, kwargs)
         # All of a cache that is not written anew at the same places.
@@ -100,12 +89,13 @@ class GraphedForward(OwnForward):
             output = own(module, **kwargs)
         return output
 
+    def drop_graphs(self) -> None:
+        with self._turn:
+            self._signature, self._seen, self._pass, self.why_not = None, 0, None, None
+
     def _is_unseen(self, module: nn.Module) -> bool:
         """Whether nobody would notice that a pass is run twice."""
-        if self._pass is not None and self._pass.holds:
-            return True
-        has_global = every_module._global_forward_hooks or every_module._global_forward_pre_hooks
-        return not has_global and not any(map(_has_hooks, module.modules()))
+        return (self._pass is not None and self._pass.holds) or is_unseen(module)
 
     def _is_usual(self, module: nn.Module, arguments: dict[str, Any]) -> bool:
         if module.training or torch.is_grad_enabled():
@@ -257,19 +247,14 @@ def _unchanged(module: nn.Module) -> Unchanged:
         parts.add_ways(child)
         parts.add_tensors(child)
         parts.add_hooks(child)
-        if _has_hooks(child):
+        if has_hooks(child):
             raise CaptureError(f"{path} has hooks, which a graph would not call")
     return parts
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at what `module` computes; passes of models within the model are part of its own."""
-    is_seen = bool(module._forward_hooks or module._forward_pre_hooks) and not isinstance(module, PreTrainedModel)
-    return is_seen or hasattr(module, "_hf_hook")
-
-
-def graph_passes(model: nn.Module, runtime: OffloadRuntime) -> None:
-    """Have `model` replay passes of one token as graphs, where that can be, unless somebody has given it a forward of
-    its own, as accelerate does. Undone as every `OwnForward` is."""
-    if "forward" not in vars(model):
-        model.forward = GraphedForward(model, runtime)
+def spare_and_graph(model: nn.Module, runtime: OffloadRuntime) -> None:
+    """Have experts give memory back where `model` runs out of it, and passes of one token be graphs where that can be:
+    over one device, unless somebody has given it a forward of its own, as accelerate does. Undone as every `OwnForward`
+    is."""
+    can_graph = isinstance(runtime.device, DeviceTier) and "forward" not in vars(model)
+    model.forward = (GraphedForward if can_graph else SparedForward)(model, runtime)

@@ -12,6 +12,7 @@ from torch import nn
 from moert.errors import MoertError
 from moert.hf.experts import OffloadedExperts
 from moert.hf.policy_feed import PolicyFeed
+from moert.hf.spared_forward import SparedForward
 from moert.runtime.runtime import OffloadRuntime
 
 
@@ -75,6 +76,10 @@ def unmark(model: nn.Module) -> None:
 def close(model: nn.Module) -> None:
     """See `moert.close`."""
     runtime_of(model).close()
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, SparedForward):
+            forward.drop_graphs()
 
 
 def is_marked(model: nn.Module) -> bool:

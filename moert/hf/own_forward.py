@@ -19,6 +19,9 @@ Note = Callable[..., None]
 class OwnForward:
     """Computes what the class of one module does. The module keeps its class, parameters and hooks."""
 
+    before: Callable[..., Any] | None = None
+    """What stood in the module's `forward` before, and does again afterwards; None: the class's."""
+
     def __init__(self, module: nn.Module, note: Note | None = None) -> None:
         # A module that its own attribute holds would outlive its last user, with its weights.
         self._module = weakref.ref(module)

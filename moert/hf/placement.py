@@ -102,6 +102,11 @@ def move(model: nn.Module, where: Mapping[str, torch.device]) -> None:
     model.__dict__[_ADDED] = set(model.__dict__) - before
 
 
+def is_dispatched(model: nn.Module) -> bool:
+    """Whether `move` has put hooks into it."""
+    return _ADDED in model.__dict__
+
+
 def remove_hooks(model: nn.Module) -> None:
     """Undo what `move` did, but for where tensors are."""
     added = model.__dict__.pop(_ADDED, None)

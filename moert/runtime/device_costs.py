@@ -106,7 +106,7 @@ def measure_costs(
             cpu.append(_median(device, run_here))
             if tokens == TOKENS[0]:
                 contention = _contention(device, start, run_here, move_s, cpu[0])
-    except OutOfDeviceMemoryError:
+    except (OutOfDeviceMemoryError, torch.OutOfMemoryError):
         return None  # fewer tokens may fit
     finally:
         bank.give_back(row)

@@ -104,6 +104,9 @@ class HostedSteps:
         except MoertError:
             self._transfers.demote(self._caches[layer].spec.index)
             raise
+        except torch.OutOfMemoryError as error:
+            self._transfers.demote(self._caches[layer].spec.index)
+            raise OutOfDeviceMemoryError(f"{self._device.name} is out of memory: {error}") from error
         self._end_step(layer, whole.misses)
         return out if whole_out is None else whole_out
 

@@ -100,6 +100,14 @@ class LayerKernels(ABC):
             OutOfDeviceMemoryError: there is not so much; nothing has happened.
         """
 
+    @abstractmethod
+    def bank_goes(self) -> None:
+        """Let go of the bank's memory, between steps."""
+
+    @abstractmethod
+    def bank_comes(self) -> None:
+        """The bank has other memory now."""
+
 
 class RowByRow(LayerKernels):
     """Each expert's rows computed for themselves, through a callback in torch or by the fused CPU kernels, and added up
@@ -114,6 +122,12 @@ class RowByRow(LayerKernels):
 
     def open(self, inputs: Inputs, *, whole: bool) -> OpenStep:
         return _RowByRowStep(self, inputs)
+
+    def bank_goes(self) -> None:
+        self._experts.clear()
+
+    def bank_comes(self) -> None:
+        """Rows are looked up as they are needed."""
 
     def expert(self, row: int) -> Expert:
         """The fused expert in a row."""

@@ -74,6 +74,8 @@ class PlannedPasses:
         if not device.reads_host:
             raise ValueError(f"kernels on {device.name} cannot read host memory where it is")
         self._device, self._transfers = device, transfers
+        self.parts = (tuple(caches), tuple(kernels), pinned, transfers)
+        """What it was made of, besides the device."""
         with torch.inference_mode(False):
             self._layers = {
                 cache.spec.index: _new_layer(device, cache, kernel, pinned)

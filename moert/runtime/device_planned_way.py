@@ -30,6 +30,7 @@ class PlannedWay:
         self.ways, self.counts = ways, counts
         self._passes: PlannedPasses | None = None
         self._device: Device | None = None
+        self._costs: Callable[[], Costs | None] | None = None
         self.why_not: str | None = "it was not asked for"
         """Why the device will run no pass by itself; None: it may."""
         self.why_not_shared: str | None = "it was not asked for"
@@ -44,6 +45,8 @@ class PlannedWay:
         """Whether the pass under way is one that may turn out to be void."""
         self._was_void = False
         """Whether the host is in charge because of that, for the rest of one pass."""
+        self._again: Callable[[], None] | None = None
+        """Makes it as it was made before `unmake`."""
 
     def make(
         self,
@@ -64,7 +67,7 @@ class PlannedWay:
         except (ValueError, ImportError, OutOfDeviceMemoryError, torch.OutOfMemoryError) as error:
             self._never(str(error))
             return
-        self._device, self.why_not = device, None
+        self._device, self._costs, self.why_not = device, costs, None
         if costs is not None:
             try:
                 self._passes.sharing = Sharing(device, caches, costs)
@@ -74,6 +77,24 @@ class PlannedWay:
                 self.why_not_shared = None
         if self.sharing is None:
             self.ways.do_not_share()
+
+    def unmake(self) -> None:
+        """Let go of everything on the device, between passes; all of what `capture` gave is gone already. None is run
+        before `remake`. Idempotent."""
+        passes, device = self._passes, self._device
+        if passes is None or device is None:
+            return
+        parts, costs = passes.parts, self._costs
+        self._again = lambda: self.make(device, *parts, costs)
+        if passes.sharing is not None:
+            passes.sharing.close()
+        self._passes, self.why_not = None, "its slots are being made anew"
+
+    def remake(self) -> None:
+        """Get ready again after `unmake`, if it was ready before. Idempotent."""
+        again, self._again = self._again, None
+        if again is not None:
+            again()
 
     @property
     def sharing(self) -> Sharing | None:
@@ -284,9 +305,10 @@ class PlannedWay:
             self._passes.abandon()
 
     def close(self) -> None:
-        """The device does nothing any more. Idempotent."""
+        """The device does nothing any more; let go of what is there. Idempotent."""
         if self.sharing is not None:
             self.sharing.close()
+        self._passes = None
 
 
 class _CountedGraph(Graph):

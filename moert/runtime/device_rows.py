@@ -39,17 +39,28 @@ class RowBank:
             OutOfDeviceMemoryError: the device has no room for them.
         """
         self.device, self.number, self.specs = device, number, tuple(specs)
-        self.n_rows, self.row_bytes = n_rows, row_bytes(specs)
+        self.row_bytes = row_bytes(specs)
         self._poison = poison
         self._layout = RecordLayout.packed(specs)
-        self.memory: torch.Tensor | None = device.allocate(n_rows * self.row_bytes)
+        self._fillings = [0] * n_rows
+        self.open(n_rows)
+
+    def open(self, n_rows: int) -> None:
+        """Take memory for so many rows, after `close`; they are free, and of any contents.
+
+        Raises:
+            OutOfDeviceMemoryError: the device has no room for them.
+        """
+        self.memory: torch.Tensor | None = self.device.allocate(n_rows * self.row_bytes)
         self._table = self.memory.view(n_rows, self.row_bytes)
         self._views = [self._layout.views(self._table[row]) for row in range(n_rows)]
-        # First come, first served: whoever takes a row waits for its last reader, and the first one is done first.
-        self._free = deque(range(n_rows))
-        self._fillings = [0] * n_rows
+        # How often a row was filled counts on: a lease of before is none of now.
+        self._fillings = (self._fillings + [0] * n_rows)[: max(n_rows, len(self._fillings))]
         self._filled: list[Event | None] = [None] * n_rows
         self._read: list[Event | None] = [None] * n_rows
+        # First come, first served: whoever takes a row waits for its last reader, and the first one is done first.
+        self._free = deque(range(n_rows))
+        self.n_rows = n_rows
 
     @property
     def n_free(self) -> int:
@@ -173,7 +184,9 @@ class RowBank:
         assert sorted([*owned, *self._free]) == list(range(self.n_rows)), f"rows of {sorted(owned)}, free {self._free}"
 
     def close(self) -> None:
-        """Drop the memory; nothing uses it any more."""
+        """Drop the memory; nothing uses it any more, and there are no rows."""
+        self.n_rows = 0
+        self._free = deque()
         self._views = []
         self._table = torch.empty(0)
         self.memory = None

@@ -32,15 +32,21 @@ class RowByPick(LayerKernels):
         from moert.kernels.device_experts import is_few
 
         self.is_few = is_few
-        self.device, self.spec, self.table = device, spec, table
-        layout = spec.fused.layout
-        choice = None if spec.storage is None else spec.storage.choice
-        name = "plain" if choice is None else choice.name
+        self.device, self.spec, self.table, self._rows = device, spec, table, bank
+        self.bank_comes()
+
+    def bank_goes(self) -> None:
+        vars(self).pop("bank", None)
+
+    def bank_comes(self) -> None:
+        assert self.spec.fused is not None
+        layout, storage, tensors = self.spec.fused.layout, self.spec.storage, self._rows.tensors
+        name = "plain" if storage is None or storage.choice is None else storage.choice.name
         transposed = layout.transposed and name == "plain"
         self.bank = Bank(
-            bank_matrix(name, bank.tensors, layout.up, transposed=transposed),
-            bank_matrix(name, bank.tensors, layout.down, transposed=transposed),
-            spec.fused.ffn.gate,
+            bank_matrix(name, tensors, layout.up, transposed=transposed),
+            bank_matrix(name, tensors, layout.down, transposed=transposed),
+            self.spec.fused.ffn.gate,
         )
 
     def open(self, inputs: Inputs, *, whole: bool) -> OpenStep:
