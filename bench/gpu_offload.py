@@ -12,7 +12,17 @@ from typing import Any
 
 from gpu_bounds import SHARES, WHOLE, judge
 from gpu_layers import Setting
-from gpu_offload_parts import Plan, at_budget, beside_hf, from_disk, graphs, int4, probe, write_checkpoint
+from gpu_offload_parts import (
+    Plan,
+    at_budget,
+    beside_hf,
+    from_disk,
+    graphs,
+    int4,
+    probe,
+    several_gpus,
+    write_checkpoint,
+)
 from gpu_process import run_apart
 from gpu_random_model import expert_bytes, shape_of
 from gpu_results import Rows
@@ -39,6 +49,7 @@ PARTS = (
     Part("device_map 25 %", 60, beside_hf(25)),
     *(Part(f"budget {share} %", 60, at_budget(share)) for share in SHARES if share != 25),
     *(Part(f"graphs {share} %", 50, graphs(share)) for share in (25, WHOLE)),
+    Part("several GPUs 25 %", 80, several_gpus(25)),
     Part("checkpoint", 40, write_checkpoint),
     Part("disk", 50, from_disk),
     Part("int4", 60, int4),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_graphs
+import gpu_several
 import torch
 from gpu_layers import Setting
 from gpu_random_model import Draw, in_huge_pages, layer_bytes, make_model, most_layers, shape_of
@@ -134,6 +135,19 @@ def graphs(share: int) -> Work:
     def work(plan: Plan, rows: Rows, until: float) -> None:
         if share == 25 or not plan.setting.is_dry:  # one of them is enough of the interpreter's time
             gpu_graphs.compare(plan.setting, plan.layers, share, rows, until)
+
+    return work
+
+
+def several_gpus(share: int) -> Work:
+    """The same share of experts, on one GPU and on two; left out where there is one."""
+
+    def work(plan: Plan, rows: Rows, until: float) -> None:
+        if gpu_several.count(plan.setting) < 2:
+            rows.add("several GPUs", None, "", goal="offload", why="one GPU: left out")
+            return
+        model = make_model(plan.setting, plan.layers)
+        gpu_several.compare(model, config(plan.setting, share), plan.setting, plan.routing, rows, until)
 
     return work
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from moert.device.base import Device
 from moert.device.cuda import CudaDevice
 from moert.device.simulated import Machine, SimulatedDevice
 from moert.hf.model import runtime_of
+from moert.runtime.device_group import DeviceGroup
 from moert.runtime.device_tier import DeviceTier
 from moert.runtime.device_ways import PURE, Ways
 from moert.trace import Trace
@@ -81,8 +83,11 @@ class Counts:
     @classmethod
     def of(cls, model: Any) -> Counts:
         stats = moert.stats(model)  # first: it brings the tier's counts up to date
-        tier = tier_of(model)
-        return cls(tier.transfers.counts.nbytes, stats.bytes_read, stats.hits, stats.misses, on_cpu=tier.counts.on_cpu)
+        tiers = tiers_of(model)
+        copied, on_cpu = (
+            sum(n) for n in zip(*((t.transfers.counts.nbytes, t.counts.on_cpu) for t in tiers), strict=True)
+        )
+        return cls(copied, stats.bytes_read, stats.hits, stats.misses, on_cpu)
 
     def since(self, before: Counts) -> Counts:
         earlier = asdict(before)
@@ -105,12 +110,25 @@ def tier_of(model: Any) -> DeviceTier:
     return tier
 
 
+def tiers_of(model: Any) -> Sequence[DeviceTier]:
+    """Of each of its devices."""
+    device = runtime_of(model).device
+    assert device is not None
+    return device.tiers if isinstance(device, DeviceGroup) else (device,)
+
+
 def go_by(model: Any, way: str) -> None:
     schedule, pure, planned = WAYS[way]
-    tier = tier_of(model)
-    # As if the tier had been made with it, which would lock all of host memory anew. Others have the same object.
-    tier.settle()
-    tier.go_by(Ways(schedule, tier.device.now, pure, planned))
+    tiers = tiers_of(model)
+    ways = Ways(schedule, tiers[0].device.now, pure, planned)
+    for tier in tiers:
+        # As if the tier had been made with it, which would lock all of host memory anew. Others have the same object.
+        tier.settle()
+        tier.go_by(ways)
+
+
+def follow_sequence(model: Any, routing: Trace, sequence: int) -> AbstractContextManager[None]:
+    return moert.follow(model, Trace(routing.header, [routing[sequence]]))
 
 
 def prompt_of(model: Any, setting: Setting, tokens: int) -> torch.Tensor:
@@ -163,8 +181,8 @@ class Tiered:
     def _name(self) -> str:
         return f"{self._facts['stored_as']} at {self._facts['share']} %"
 
-    def _follow(self, sequence: int) -> Any:
-        return moert.follow(self.model, Trace(self._routing.header, [self._routing[sequence]]))
+    def _follow(self, sequence: int) -> AbstractContextManager[None]:
+        return follow_sequence(self.model, self._routing, sequence)
 
     def _is_late(self, what: str) -> bool:
         late = time.monotonic() > self._until - ENOUGH_S

@@ -119,6 +119,82 @@ def test_a_budget_whose_device_is_lost_keeps_what_it_had() -> None:
     assert [value is None for value in overlaps] == [True, False, False]
 
 
+SEVERAL = """
+import json, sys, time
+from pathlib import Path
+import torch
+import gpu_several
+from gpu_layers import TINY, Setting
+from gpu_offload_parts import Plan, several_gpus
+from gpu_results import Rows
+
+torch.set_num_threads(1)
+{change}
+rows = Rows(Path(sys.argv[1]) / "rows.json")
+several_gpus(25)(Plan(Setting(torch.device("cpu"), TINY), Path(sys.argv[1]), layers=2), rows, time.monotonic() + 100)
+print("ROWS", json.dumps(rows.rows))
+"""
+
+
+def several(folder: Path, change: str = "") -> list[dict[str, Any]]:
+    child = subprocess.run(
+        [sys.executable, "-c", SEVERAL.format(change=change), str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(BENCH), os.environ.get("PYTHONPATH", "")))},
+        timeout=240,
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    rows: list[dict[str, Any]] = json.loads(child.stdout.rpartition("\nROWS ")[2])
+    return rows
+
+
+def test_two_gpus_have_their_layers_and_give_the_tokens_of_one(tmp_path: Path) -> None:
+    rows = several(tmp_path)
+    kinds = {row.get("several") for row in rows}
+    by = {kind: [row for row in rows if row.get("several") == kind] for kind in kinds}
+    assert {(row["gpus"], row["way"]) for row in by["speed"]} == {
+        (n, way) for n in (1, 2) for way in ("all fetched", "hybrid")
+    }
+    assert [(row["value"], row["wrong"]) for row in by["places"]] == [(2.0, False)]
+    assert [(row["value"], row["wrong"]) for row in by["tokens"]] == [(5.0, False)]
+    assert all(row["value"] > 0 for row in by["ratio"]) and len(by["ratio"]) == 2
+
+
+GOES_WRONG = """
+places, decode = gpu_several._check_places, gpu_several._decode
+
+def swapped(model, devices, *rest):
+    places(model, devices[::-1], *rest)
+
+def other(model, *rest):
+    found = decode(model, *rest)
+    found.greedy[2] += len(gpu_several.tiers_of(model)) - 1
+    return found
+
+gpu_several._check_places, gpu_several._decode = swapped, other
+"""
+
+
+def test_what_is_wrong_on_two_gpus_is_said(tmp_path: Path) -> None:
+    wrong = {row["several"]: row["value"] for row in several(tmp_path, GOES_WRONG) if row.get("wrong")}
+    assert wrong == {"places": 0.0, "tokens": 2.0}
+
+
+def test_with_one_gpu_the_part_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_several
+    import torch
+    from gpu_layers import TINY, Setting
+    from gpu_offload_parts import Plan, several_gpus
+    from gpu_results import Rows
+
+    monkeypatch.setattr(gpu_several, "count", lambda setting: 1)
+    rows = Rows(tmp_path / "rows.json")
+    several_gpus(25)(Plan(Setting(torch.device("cpu"), TINY), tmp_path, layers=2), rows, 0.0)
+    (row,) = rows.rows
+    assert row["value"] is None and row["why"] == "one GPU: left out" and row["goal"] == "offload"
+
+
 def test_what_was_possible(tmp_path: Path) -> None:
     from gpu_bounds import judge
     from gpu_results import Rows
