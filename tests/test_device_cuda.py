@@ -48,14 +48,15 @@ class FakeStream:
 class FakeRuntime:
     """What `torch.cuda.cudart` returns."""
 
-    def __init__(self, lockable_bytes: int) -> None:
-        self.lockable_bytes = lockable_bytes
+    def __init__(self, lockable_bytes: int, devices: list[int]) -> None:
+        self.lockable_bytes, self.devices = lockable_bytes, devices
         self.locked: dict[int, int] = {}
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # its name
         if sum(self.locked.values()) + nbytes > self.lockable_bytes:
             return 2
-        assert flags == 1, "not for other GPUs"
+        assert flags == 3, "not for other GPUs, or not for kernels"
+        assert self.devices[-1:] == [0], "in whichever context is the current one"
         self.locked[address] = nbytes
         return 0
 
@@ -75,7 +76,11 @@ class FakeCuda:
         lockable_bytes: int = 1 << 50,
     ) -> None:
         self.problem, self.capability = problem, capability
-        self.runtime = FakeRuntime(lockable_bytes)
+        self.devices: list[int] = []
+        """Those that a guard has made the current one, the innermost last."""
+        self.runtime = FakeRuntime(lockable_bytes, self.devices)
+        self.default = FakeStream(self, "current")
+        self.current = self.default
         self.error: Exception | None = None
         self.said: list[str] = []
         self.now: list[str] = ["current"]
@@ -109,7 +114,13 @@ class FakeCuda:
         return FakeEvent(self)
 
     def current_stream(self, index: int) -> FakeStream:
-        return FakeStream(self, "current")
+        return self.current
+
+    @contextlib.contextmanager
+    def device(self, index: int) -> Iterator[None]:
+        self.devices.append(index)
+        yield
+        self.devices.pop()
 
     @contextlib.contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
@@ -179,6 +190,44 @@ def test_work_is_started_in_the_stream_it_is_for() -> None:
     assert there.tolist() == [255] * 4
     # What torch keeps for itself counts as free.
     assert device.memory == (10 * GIB, 16 * GIB)
+
+
+def test_a_caller_in_another_stream_comes_after_the_one_before() -> None:
+    """Each thread of torch has a current stream of its own, and the tables on the device are there once."""
+    cuda = FakeCuda()
+    device = fake_device(cuda)
+    device.compute.launch(lambda: None)
+    device.compute.launch(lambda: None)
+    assert cuda.said == []
+    cuda.current = FakeStream(cuda, "another")
+    device.compute.launch(lambda: None)
+    assert cuda.said == ["record in current", "another waits"]
+    device.compute.launch(lambda: None)
+    assert len(cuda.said) == 2
+    cuda.current = cuda.default
+    device.to_host(torch.zeros(1))
+    assert cuda.said[2:] == ["record in another", "current waits"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_no_memory_for_others_than_torchs_allocator_is_no_lost_device(text: str) -> None:
+    device = fake_device()
+
+    def full() -> None:
+        raise RuntimeError(text)
+
+    for _ in range(2):
+        with pytest.raises(OutOfDeviceMemoryError, match=r"a fake \(0\) is out of memory: "):
+            device.compute.launch(full)
+    assert not device.is_lost
+    device.synchronize()
 
 
 def test_page_locking_and_its_refusal() -> None:

@@ -41,7 +41,14 @@ COSTS = Costs(Curve.proportional(2e-4), Curve.constant(1e-5), move_s=3e-4, read_
 class Short:
     """What a part of a model needs of a device, each time: torch's error if that is not free."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, device: SimulatedDevice, part: Any, nbytes: int = 0) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        device: SimulatedDevice,
+        part: Any,
+        nbytes: int = 0,
+        error: Exception | None = None,
+    ) -> None:
         self.nbytes, self.device, self.failed = nbytes, device, 0
         own = part.forward
 
@@ -49,7 +56,7 @@ class Short:
             output = own(*args, **kwargs)
             if self.nbytes > self.device.memory.free_bytes:
                 self.failed += 1
-                raise torch.OutOfMemoryError(FULL)
+                raise error or torch.OutOfMemoryError(FULL)
             return output
 
         monkeypatch.setattr(part, "forward", forward)
@@ -118,6 +125,24 @@ def test_a_prompt_that_finds_no_memory_gets_the_experts_and_is_run_again(
     moert.unpatch(model)
     assert "forward" not in vars(model)
     assert not device.used_bytes
+
+
+def test_a_librarys_handle_needs_memory_too_and_other_errors_stay_what_they_are(
+    tiered: Callable[..., Any], wanted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tier, device = tiered()
+    leave(device, 100_000)
+    with monkeypatch.context() as other:
+        short = Short(other, device, model.lm_head, 200_000, RuntimeError("CUDA error: an illegal memory access"))
+        with pytest.raises(RuntimeError, match=r"^CUDA error: an illegal memory access$"):
+            generate(model)
+    assert short.failed == 1
+    assert device.memory.free_bytes == 100_000
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    Short(monkeypatch, device, model.lm_head, 200_000, error)
+    with pytest.warns(RuntimeWarning, match=r"^CUDA error: CUBLAS_STATUS_ALLOC_FAILED .* the pass is run again"):
+        assert torch.equal(generate(model)[0], wanted[0])
+    tier.check_integrity()
 
 
 @pytest.mark.parametrize("kind", ["new", "static", "begun"])

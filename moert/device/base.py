@@ -16,6 +16,17 @@ class OutOfDeviceMemoryError(CapacityError):
     """The device has no memory left for an allocation; what was allocated before is as it was."""
 
 
+_OUT_OF_MEMORY = ("CUDA error: out of memory", "Triton Error [CUDA]: out of memory", "STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory on a device, whoever asked the driver: torch's allocator, a library's handle, a graph
+    or a kernel's code. Nothing else is wrong with the device then."""
+    return isinstance(error, (OutOfDeviceMemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+    )
+
+
 class PinningRefusedError(TransferError):
     """The system does not let so much host memory be page-locked; what was locked before still is."""
 
@@ -144,7 +155,8 @@ class Device(ABC):
     @property
     @abstractmethod
     def compute(self) -> Stream:
-        """The stream in which the caller's own kernels run now: what they wrote so far comes before its work."""
+        """The stream in which the caller's own kernels run now: what they wrote so far comes before its work, and so
+        does what was started in the stream that was the caller's before, of whichever thread."""
 
     @abstractmethod
     def join(self, event: Event) -> None:

@@ -22,12 +22,16 @@ from moert.device.base import (
     OutOfDeviceMemoryError,
     PinningRefusedError,
     Stream,
+    is_out_of_memory,
 )
-from moert.errors import ConfigError, KernelUnavailableError
+from moert.errors import ConfigError, KernelUnavailableError, MoertError
 from moert.tiers.read import Priority
 
 _PORTABLE = 1
 """cudaHostRegisterPortable: page-locked for every GPU, as a range cannot be locked once more for another one."""
+
+_MAPPED = 2
+"""cudaHostRegisterMapped: kernels may read it, which the other flag alone does not promise."""
 
 LEAST_CAPABILITY = (8, 0)
 """The first with bf16, which the kernels are compiled for."""
@@ -63,6 +67,8 @@ class CudaDevice(Device):
         self._locked: dict[int, int] = {}
         self._closed = False
         self._is_captured = False
+        self._used: Any = None
+        """The stream that was the caller's when `compute` was last asked for."""
         self.reads_host = _reads_host(index)
         with self.calls():
             # A lower number comes first.
@@ -78,9 +84,11 @@ class CudaDevice(Device):
         self.check()
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            raise OutOfDeviceMemoryError(f"{self.name} is out of memory: {_first_line(error)}") from error
         except RuntimeError as error:
+            if isinstance(error, MoertError):
+                raise
+            if is_out_of_memory(error):
+                raise OutOfDeviceMemoryError(f"{self.name} is out of memory: {_first_line(error)}") from error
             if self._is_captured or not _is_cuda_error(error):
                 raise
             # What a kernel or copy did wrong shows in some later call, and every call after it fails as well.
@@ -101,12 +109,22 @@ class CudaDevice(Device):
 
     @property
     def compute(self) -> Stream:
-        return _CudaStream(self, self._cuda.current_stream(self.index))
+        current = self._cuda.current_stream(self.index)
+        if not self._is_captured and current != self._used:
+            # Tables and rows are written to in the order of one stream, and threads may have one each.
+            if self._used is not None:
+                with self.calls():
+                    event = self._cuda.Event()
+                    event.record(self._used)
+                    current.wait_event(event)
+            self._used = current
+        return _CudaStream(self, current)
 
     def join(self, event: Event) -> None:
         self.compute.wait(event)
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        _ = self.compute  # what another stream has been told comes before
         with self.calls():
             return tensor.cpu()
 
@@ -118,9 +136,9 @@ class CudaDevice(Device):
             # Other threads of the process may go on with the device: what they do is none of the graph's.
             with self._cuda.device(self.index), self._cuda.graph(graph, capture_error_mode="thread_local"):
                 work()
-        except torch.OutOfMemoryError as error:
-            raise OutOfDeviceMemoryError(f"{self.name} is out of memory: {_first_line(error)}") from error
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise OutOfDeviceMemoryError(f"{self.name} is out of memory: {_first_line(error)}") from error
             # A call that no graph takes spoils the capture and nothing else; anything worse shows here.
             self._is_captured = False
             self.synchronize()
@@ -152,7 +170,9 @@ class CudaDevice(Device):
 
     def page_lock(self, address: int, nbytes: int) -> None:
         self.check()
-        code = int(self._cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE))
+        # Or whichever GPU is the current one would get a context, which takes some hundred MiB of it.
+        with self._cuda.device(self.index):
+            code = int(self._cuda.cudart().cudaHostRegister(address, nbytes, _PORTABLE | _MAPPED))
         if code:
             self._forget_error()
             raise PinningRefusedError(f"the driver refuses to page-lock {format_bytes(nbytes)} (error {code})")
@@ -160,7 +180,8 @@ class CudaDevice(Device):
 
     def page_unlock(self, address: int) -> None:
         if self._locked.pop(address, None) is not None:
-            self._cuda.cudart().cudaHostUnregister(address)
+            with self._cuda.device(self.index):
+                self._cuda.cudart().cudaHostUnregister(address)
 
     def _forget_error(self) -> None:
         """The driver keeps the last error for whoever looks next, which would be some kernel that has done nothing."""
@@ -242,6 +263,7 @@ class _CudaGraph(Graph):
         self._device, self._graph = device, graph
 
     def replay(self) -> None:
+        _ = self._device.compute  # what another stream has been told comes before
         with self._device.calls():
             self._graph.replay()
 

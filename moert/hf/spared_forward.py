@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from moert.config import format_bytes
-from moert.device.base import OutOfDeviceMemoryError
+from moert.device.base import OutOfDeviceMemoryError, is_out_of_memory
 from moert.hf.cache_mark import CacheMark
 from moert.hf.own_forward import OwnForward, is_recorded
 from moert.hf.placement import is_dispatched
@@ -68,7 +68,9 @@ class SparedForward(OwnForward):
         for share in (*SHARES, None):
             try:
                 return self._run(module, args, kwargs)
-            except (torch.OutOfMemoryError, OutOfDeviceMemoryError) as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 _let_go(error)
                 given = self._give_back(error, share)
                 if given is None:

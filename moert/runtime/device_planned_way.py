@@ -148,6 +148,8 @@ class PlannedWay:
         if self._is_tried:
             passes.begin_pass()
         self._begin_share()
+        assert self._device is not None
+        _ = self._device.compute  # a graph's inputs come next, which a pass in another stream may be reading
         return True
 
     def is_void(self) -> bool:
