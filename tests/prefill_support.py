@@ -33,6 +33,12 @@ class Timed(LayerKernels):
         opened = self.kernels.open(inputs, whole=whole)
         return _TimedStep(self, inputs, opened, can_split=not (whole and self.is_whole))
 
+    def bank_goes(self) -> None:
+        self.kernels.bank_goes()
+
+    def bank_comes(self) -> None:
+        self.kernels.bank_comes()
+
     def next_launch(self, picks: int) -> None:
         """The one after this call has so many picks."""
         seconds = self.launch_s + picks * self.pick_s

@@ -109,7 +109,7 @@ class SimulatedDevice(Device):
             tape.record(work)
         finally:
             self._captured = None
-        assert self.used_bytes == used, "a graph that takes slots"
+        assert self.used_bytes <= used, "a graph that takes slots"
         return _SimulatedGraph(self, tape)
 
     @property
