@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 import triton_support
+from triton.runtime.errors import InterpreterError
 
 pytestmark = pytest.mark.skipif(not triton_support.INTERPRETED, reason="there is no interpreter in use on a GPU")
 
@@ -77,3 +78,37 @@ def test_arithmetic_comparisons_and_reductions_of_bf16() -> None:
     torch.testing.assert_close(out[1], torch.where(a < b, a, -b), rtol=0, atol=0)
     torch.testing.assert_close(out[2], a.float().sum().bfloat16().expand(64), rtol=1e-2, atol=0)
     torch.testing.assert_close(out[3], a.max().expand(64), rtol=0, atol=0)
+
+
+@triton.jit
+def _twice(number):
+    return number + number
+
+
+@triton.jit
+def _tables(number_ptr, whole_ptr, out_ptr, COUNT: tl.constexpr):
+    places = tl.arange(0, COUNT)
+    numbers, whole = tl.load(number_ptr + places), tl.load(whole_ptr + places)
+    tl.static_assert(numbers.dtype == tl.float32 and whole.dtype == tl.int32 and whole.shape[0] == COUNT)
+    table = _twice(numbers)[:, None] + _twice(whole)[None, :]
+    tl.static_assert(table.dtype == tl.float32 and table.shape[0] == COUNT and table.shape[1] == COUNT)
+    tl.store(out_ptr + places[:, None] * COUNT + places[None, :], table)
+
+
+def test_tensors_of_one_shape_keep_their_own_types() -> None:
+    for count in (8, 16, 8):
+        numbers = torch.randn(count, generator=torch.Generator().manual_seed(count))
+        whole = torch.arange(count, dtype=torch.int32)
+        out = torch.empty(count, count)
+        _tables[(1,)](numbers, whole, out, count)
+        torch.testing.assert_close(out, 2 * numbers[:, None] + 2 * whole, rtol=0, atol=0)
+
+
+@triton.jit
+def _unlike(in_ptr, out_ptr, COUNT: tl.constexpr):
+    tl.store(out_ptr, tl.sum(tl.load(in_ptr + tl.arange(0, COUNT)) + tl.arange(0, 2 * COUNT), axis=0))
+
+
+def test_shapes_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(InterpreterError, match="incompatible dimensions"):
+        _unlike[(1,)](torch.zeros(8), torch.zeros(1), 8)

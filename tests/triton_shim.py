@@ -8,7 +8,10 @@ even, as do sums and maxima along an axis. For triton 3.6 to 3.9.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,6 +46,7 @@ def install() -> None:
     builder.knows_bf16 = True
     if triton.__version__.startswith("3.6."):
         _take_bounds_from_arrays(interpreter)
+    _make_quick(interpreter, tl)
 
     def is_bf16(handle: Any) -> bool:
         return (
@@ -88,6 +92,52 @@ def install() -> None:
     for name in ("sum", "min_max"):
         if hasattr(interpreter.ReduceOps, name):
             setattr(interpreter.ReduceOps, name, _reduce_in_fp32(getattr(interpreter.ReduceOps, name), is_bf16, tl))
+
+
+def _make_quick(interpreter: Any, tl: Any) -> None:
+    """Leave out what takes most of the interpreter's time and changes nothing."""
+    # Else all of the language is looked through at each launch, and at each call from one kernel's function to another.
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
+    # Whether sums and products of whole numbers overflow is computed, and looked at with debug=True only.
+    options = interpreter.interpreter_builder.options
+    if not options.debug:
+        interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+    # Makes a table of all types at each call.
+    numpy_type = interpreter._get_np_dtype
+    of_numbers = cache(numpy_type)
+    interpreter._get_np_dtype = lambda of: of_numbers(of.scalar) if type(of.scalar) is tl.dtype else numpy_type(of)
+    equal = tl.dtype.__eq__
+    tl.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    # Shapes that are the same need not be compared number by number.
+    semantic = interpreter.interpreter_semantic
+    broadcast = semantic.broadcast_impl_value
+
+    def broadcast_impl_value(left: Any, right: Any) -> Any:
+        same = left.type.is_block() and right.type.is_block() and left.type.shape.values == right.type.shape.values
+        return (left, right) if same else broadcast(left, right)
+
+    semantic.broadcast_impl_value = broadcast_impl_value
+    # All of a type's shape is wrapped, checked and written out for each tensor, twice.
+    _remember(tl.core.block_type, lambda element, shape: (element.name, *(getattr(n, "value", n) for n in shape)))
+    _remember(tl.core.tensor, lambda handle, of: (type(of), of.name), "handle", "type")
+
+
+def _remember(kind: Any, key_of: Callable[..., Hashable], *own: str) -> None:
+    """Have objects of a class whose arguments are alike share their attributes, but for those given as `own`."""
+    begin = kind.__init__
+    known: dict[Hashable, dict[str, Any]] = {}
+
+    def init(self: Any, *given: Any) -> None:
+        key = key_of(*given)
+        if key not in known:
+            begin(self, *given)
+            known[key] = {name: value for name, value in vars(self).items() if name not in own}
+        else:
+            vars(self).update(known[key])
+            vars(self).update(zip(own, given, strict=False))
+
+    kind.__init__ = init
 
 
 def _take_bounds_from_arrays(interpreter: Any) -> None:
