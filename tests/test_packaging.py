@@ -168,7 +168,7 @@ print(sorted(name for name in vars(kernels) if not name.startswith("__")))
 
 
 def test_the_build_needs_setuptools_only() -> None:
-    allowed = {"__future__", "platform", "sysconfig", "pathlib", "setuptools"}
+    allowed = {"__future__", "concurrent", "os", "platform", "sysconfig", "pathlib", "setuptools"}
     assert {name.split(".")[0] for name in imported_names("setup", ROOT / "setup.py")} <= allowed
     source = (ROOT / "pyproject.toml").read_text()
     requires = source.split("requires = ", 1)[1].splitlines()[0]
