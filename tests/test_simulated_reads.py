@@ -12,8 +12,8 @@ from simulate_support import header_of, trace_of
 
 from moert.runtime.look_ahead import LookAhead
 from moert.runtime.simulated import simulate_live
-from moert.runtime.virtual import CHUNK_BYTES
 from moert.schedule import Costs, Curve
+from moert.tiers.native_reads import PIECE_BYTES
 from moert.trace import Phase, Sequence, Trace
 
 # One process compiles the replays.
@@ -104,7 +104,7 @@ def test_reads_ahead_tick_by_tick(costs: Costs, layer_s: float) -> None:
             layer_s=layer_s,
             predictor="oracle",
             predict_s=0.0,
-            expert_bytes=CHUNK_BYTES,
+            expert_bytes=PIECE_BYTES,
         )
     events = 2 * TOKENS
     assert (found.forwarded, found.read_ahead) == (events - 1, events - 1)
@@ -115,7 +115,7 @@ def test_reads_ahead_tick_by_tick(costs: Costs, layer_s: float) -> None:
 def test_asking_in_time_hides_what_a_miss_takes_the_cpu() -> None:
     """By hand: 3 s of the disk for each event, 1 of the layer, .25 to compute; .5 for an event that misses, and .5."""
     costs = Costs(Curve.constant(0.25), read_s=3.0, miss_start_s=0.5, miss_s=0.5)
-    how = {"layer_s": 1.0, "expert_bytes": CHUNK_BYTES}
+    how = {"layer_s": 1.0, "expert_bytes": PIECE_BYTES}
     alone = simulate_live(never_twice(TOKENS), "lru", 2, costs, **how)
     events = 2 * TOKENS
     assert alone.seconds == pytest.approx(events * (1 + 1 + 3 + 0.25))
@@ -132,6 +132,6 @@ def test_nothing_read_ahead_passes_the_bound(costs: Costs, layer_s: float, seed:
     picks = [[draw.choice(8, draw.integers(1, 4), replace=False).tolist() for _ in range(2)] for _ in range(16)]
     trace = trace_of([8, 8], picks[:4], picks[4:])
     found = simulate_live(
-        trace, "ema", slots, costs, layer_s=layer_s, predictor="oracle", predict_s=0.0, expert_bytes=CHUNK_BYTES
+        trace, "ema", slots, costs, layer_s=layer_s, predictor="oracle", predict_s=0.0, expert_bytes=PIECE_BYTES
     )
     assert found.bound_s <= found.seconds + 1e-9
