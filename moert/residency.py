@@ -194,6 +194,10 @@ class Residency:
         they are released.
         """
         stay, arriving = self._stay, self._arriving
+        if self._given_up and len(self._event.union(arriving & stay)) > self.capacity:
+            # Their slots are not for those that only pass through, who might find none.
+            for expert in sorted(self._event & self._given_up):
+                self.take_up(expert)
         misses = sorted(self._event - stay)
         victims = turn_over(self.policy, stay, self._event, misses, self.capacity, arriving and arriving & stay)
         self._leaving.difference_update(misses)

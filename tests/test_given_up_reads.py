@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from fake_disk import READ_BYTES, FakeLayer
+from fake_disk import READ_BYTES, FakeDisk, FakeLayer
 from test_look_ahead_live import Rig
 
 from moert.hf.model import runtime_of
+from moert.policies import make_policy
 from moert.predictors.base import Prediction
+from moert.residency import Residency
+from moert.runtime.pipeline import Pipeline
+from moert.runtime.step import run_step
 from moert.tiers.disk import DiskReader
 from moert.tiers.native_reads import PIECE_BYTES
+from moert.types import ExpertId
 
 BEGUN_BYTES = 4096
 """Of a read in pieces, in a test."""
@@ -70,3 +76,33 @@ def test_half_a_read_is_worth_it_where_the_rest_can_be_left(
     rig.told.next = [Prediction(1, [4, 5], [0, 1])]
     rig.step(0, [0], idle_s=0.4)
     assert len(rig.reading(1)) == n_read
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_was_given_up_and_holds_its_slot_keeps_no_step_from_ending(seed: int) -> None:
+    """Steps larger than the cache that need it after all: who passes through waits for no slot that nobody frees."""
+    for number in range(60):
+        draw = random.Random(60 * seed + number)
+        disk, capacity = FakeDisk(), draw.randint(1, 4)
+        layer = FakeLayer(0, 8, capacity, disk)
+        layer.residency = Residency(capacity, make_policy(draw.choice(["ema", "lru", "lfu"]), capacity))
+        pipeline = Pipeline([layer], 8)
+        for _ in range(12):
+            some = [ExpertId(0, expert) for expert in draw.sample(range(8), draw.randint(0, 3))]
+            pipeline.prefetch(some)
+            pipeline.pump()
+            for read in disk.reads:
+                read.started = read.started or draw.random() < 0.5
+                read.all_begun = read.all_begun or draw.random() < 0.2
+            pipeline.withdraw([expert for expert in some if draw.random() < 0.6])
+            event = sorted(draw.sample(range(8), draw.randint(1, 7)))
+            out = run_step(
+                layer,
+                lambda hidden, weights: hidden * weights["w"],
+                torch.ones(1, 1),
+                torch.tensor([event]),
+                torch.ones(1, len(event)),
+                pipeline=pipeline,
+                check=True,
+            )
+            assert out.item() == sum(map(layer.factor, event))
