@@ -15,7 +15,7 @@ from moert.calibration._solving import root, solve
 from moert.calibration._work import Work
 from moert.calibration.result import Calibration, Shape
 from moert.calibration.sampling import Measured, sampled, sampled_together
-from moert.calibration.subject import Subject
+from moert.calibration.subject import Ids, Subject
 from moert.schedule import Costs, Curve, Item, Place, make_scheduler, makespan
 from moert.types import ExpertId
 
@@ -118,22 +118,32 @@ class WholeModel:
 
     def _token_s(self, misses: int) -> tuple[float, float]:
         """What one more token takes, and for how much of it the disk is at work."""
-        drawing_s = 0.0
 
         def ids(layer: int, tokens: int, k: int) -> torch.Tensor:
-            nonlocal drawing_s
-            if tokens > 1:
-                # The prompt's step may choose what it likes, but for a layer whose residents have changed.
-                return self._some(layer, 0, k).expand(tokens, k)
-            begin = perf_counter()
-            chosen = self._some(layer, misses, k)
-            drawing_s += perf_counter() - begin
-            return chosen
+            # The prompt's step may choose what it likes, but for a layer whose residents have changed.
+            return self._some(layer, misses if tokens == 1 else 0, k).expand(tokens, k)
 
         before_s = self._subject.disk_s()
-        _, seconds = self._subject.generate(PROMPT_TOKENS, 1 + MORE_TOKENS, ids)
+        _, seconds = self._generate_s(PROMPT_TOKENS, 1 + MORE_TOKENS, ids)
         disk_s = self._subject.disk_s() - before_s
-        return max(0.0, seconds - drawing_s) / MORE_TOKENS, disk_s / MORE_TOKENS
+        return seconds / MORE_TOKENS, disk_s / MORE_TOKENS
+
+    def _generate_s(self, prompt: int, new_tokens: int, ids: Ids) -> tuple[float, float]:
+        """`Subject.generate` of a prompt of several tokens, less what it takes to choose their experts."""
+        first_s = later_s = 0.0
+
+        def timed(layer: int, tokens: int, k: int) -> torch.Tensor:
+            nonlocal first_s, later_s
+            begin = perf_counter()
+            chosen = ids(layer, tokens, k)
+            if tokens > 1:
+                first_s += perf_counter() - begin
+            else:
+                later_s += perf_counter() - begin
+            return chosen
+
+        first, later = self._subject.generate(prompt, new_tokens, timed)
+        return max(0.0, first - first_s), max(0.0, later - later_s)
 
     def besides(self, whole: Measured) -> Measured:
         """What of a token without misses is besides experts and steps."""
@@ -170,11 +180,7 @@ class WholeModel:
         costs = found.costs()
         events: list[tuple[list[Item], int]] = []
 
-        drawing_s = 0.0
-
         def ids(layer: int, count: int, k: int) -> torch.Tensor:
-            nonlocal drawing_s
-            begin = perf_counter()
             chosen = torch.tensor([self._draw.sample(range(self._shape.num_experts), k) for _ in range(count)])
             resident = set(self._work.residents(self._layers[layer]))
             used = torch.bincount(chosen.flatten()).tolist()
@@ -184,14 +190,11 @@ class WholeModel:
                 if n
             ]
             events.append((items, len(resident) - sum(item.place is Place.HOST for item in items)))
-            drawing_s += perf_counter() - begin
             return chosen
 
         def sample() -> float:
-            nonlocal drawing_s
             events.clear()
-            drawing_s = 0.0
-            seconds = self._subject.generate(tokens, 1, ids)[0] - drawing_s
+            seconds, _ = self._generate_s(tokens, 1, ids)
             other_s = found.dense_s(tokens) + found.steps_s(tokens)
 
             def predicted(read_s: float) -> float:
