@@ -36,14 +36,13 @@ _UNDER_WAY, _WHOLE, _FAILED, _CANCELLED, _CLOSED = range(5)
 
 _Part = tuple[int, int, int, int, int, int, int, int, int]
 
-
 PIECE_BYTES = 1 << 20
 """Of a record, what is read at once; `kChunkBytes` of the extension."""
 
 
-def guess_lanes(depth: int) -> int:
-    """How many of `depth` reads may be no demands, unless somebody says otherwise."""
-    return max(1, depth // 2)
+def guess_lanes(depth: int, asked: int | None = None) -> int:
+    """How many of `depth` reads may be no demands: as many as somebody has `asked` for, else half."""
+    return min(asked or max(1, depth // 2), depth)
 
 
 def _moves(moving: Moving, memory: list[object]) -> tuple[object, int, int, int, int]:
@@ -154,7 +153,7 @@ class NativeReads:
         self._unsettled: set[NativeHandle] = set()
         self._sweep_at = 64
         start = depth or START_DEPTH
-        self._reader = _C.reader_open(start, prefetch_depth or guess_lanes(start), clock)
+        self._reader = _C.reader_open(start, guess_lanes(start, prefetch_depth), clock)
 
     @property
     def depth(self) -> int:
@@ -167,8 +166,7 @@ class NativeReads:
     @property
     def prefetch_depth(self) -> int:
         """How many of those may be no demands."""
-        depth = self.depth
-        return min(self._prefetch_depth or guess_lanes(depth), depth)
+        return guess_lanes(self.depth, self._prefetch_depth)
 
     def check_process(self) -> None:
         check_process(self._pid)
@@ -352,5 +350,4 @@ class NativeReads:
             with self._lock:
                 depth = self._tuners.setdefault(device, DepthTuner()).observe(nbytes, seconds, lanes)
             if depth != lanes:
-                guesses = min(self._prefetch_depth or guess_lanes(depth), depth)
-                _C.reader_set_lanes(self._reader, device, depth, guesses)
+                _C.reader_set_lanes(self._reader, device, depth, guess_lanes(depth, self._prefetch_depth))

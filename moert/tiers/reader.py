@@ -24,7 +24,7 @@ class _Reads:
         self.closed = False
         self.clock = _C.busy_clock()
         at_once = depth or START_DEPTH
-        self.threads = ThreadReads(at_once, min(prefetch_depth or guess_lanes(at_once), at_once), self.clock)
+        self.threads = ThreadReads(at_once, guess_lanes(at_once, prefetch_depth), self.clock)
         self.native = NativeReads(depth, prefetch_depth, self.clock, self.threads)
 
     def shut_down(self) -> None:
