@@ -21,6 +21,11 @@ def e(expert: int, layer: int = 0) -> ExpertId:
     return ExpertId(layer, expert)
 
 
+def sixteenths(most: int) -> st.SearchStrategy[float]:
+    """Numbers between reads' ends as often as at them."""
+    return st.integers(0, most).map(lambda n: n / 16)
+
+
 def expected_gain(order: tuple[Wanted, ...], idle_s: float) -> float:
     """Seconds gained by reading these one after the other, from what happens to each read."""
     total = begin = 0.0
@@ -36,9 +41,9 @@ def expected_gain(order: tuple[Wanted, ...], idle_s: float) -> float:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    chances=st.lists(st.floats(0, 1), max_size=5),
-    leaving=st.lists(st.floats(0, 1), max_size=5).map(sorted),
-    idle_s=st.floats(0, 4),
+    chances=st.lists(sixteenths(16), max_size=5),
+    leaving=st.lists(sixteenths(4) | sixteenths(16), max_size=5).map(sorted),
+    idle_s=sixteenths(40),
     begun_s=st.sampled_from([0.0, 0.25, math.inf]),
 )
 def test_no_other_choice_gains_more_where_experts_are_of_one_size(
