@@ -10,9 +10,6 @@ the rows of LRU, of everything on the device and of the frozen hot set come out 
 rows follow. With this sample of MMLU-Pro the reference's hit rates, 39.2 % frozen and 72.9 % promoted, come out too, so
 it is the one that it was made with. That of DeepSeek-V2-Lite is not known, and its rows are up to a tenth off: in the
 reference promotion leaves 83 to 85 % of the misses of the frozen set, whatever the fitted times are, and here 93 %.
-What makes the difference is how much counts that an expert has just been used. A cache that lets every miss in, and
-nobody out that the event has used, leaves 85 % of them on this trace, where one that lets in only who scores more than
-who would leave, as promotion does, leaves 90 %. On gpt-oss-20b the latter has more hits: 72.0 % against 70.2 %.
 """
 
 from __future__ import annotations
