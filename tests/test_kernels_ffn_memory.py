@@ -12,7 +12,7 @@ from ticking import ticking
 
 from moert import _C
 from moert.kernels import cpu
-from moert.kernels.cpu_ffn import ExpertFfn, add_rows
+from moert.kernels.cpu_ffn import Expert, ExpertFfn, add_rows
 from moert.kernels.gate import Gate
 
 
@@ -91,16 +91,22 @@ def test_other_python_threads_run_meanwhile(what: str) -> None:
     weight = cpu.Matrix("plain", torch.ones(2048, 2048))
     expert = ffn.expert(weight, weight)
     x, out = torch.ones(256, 2048), torch.zeros(256, 2048)
-    some = [expert] * 8, [None] * 8, [None] * 8, out
-    calls: dict[str, Callable[[], object]] = {
-        "run": lambda: ffn.run(x, *some),
-        "run_token": lambda: ffn.run_token(x[:1], [expert] * 50, [0] * 50, torch.ones(1)),
-        "wait": lambda: ffn.submit(x, *some).wait(),
-        "linear": lambda: cpu.linear(x.repeat(8, 1), weight),
+
+    def some(times: int) -> tuple[list[Expert], list[None], list[None], torch.Tensor]:
+        return [expert] * 4 * times, [None] * 4 * times, [None] * 4 * times, out
+
+    calls: dict[str, Callable[[int], object]] = {
+        "run": lambda times: ffn.run(x, *some(times)),
+        "run_token": lambda times: ffn.run_token(x[:1], [expert] * 50 * times, [0] * 50 * times, torch.ones(1)),
+        "wait": lambda times: ffn.submit(x, *some(times)).wait(),
+        "linear": lambda times: cpu.linear(x.repeat(4 * times, 1), weight),
     }
-    with ticking() as ticks:
-        calls[what]()
-    assert ticks.seconds > 0.03
+    for times in (1, 2, 4, 8, 16, 32):
+        with ticking() as ticks:
+            calls[what](times)
+        if ticks.seconds > 0.05:
+            break
+    assert ticks.seconds > 0.05
     assert ticks.well_within >= 2
 
 
