@@ -241,7 +241,7 @@ def test_ema_counts_uses_that_are_far_apart_in_full() -> None:
 
 
 def test_ema_wants_who_scores_more() -> None:
-    policy = EMA(1, 0.5, 0.0)
+    policy = EMA(1, 0.5, 0.0, bonus=0.0)
     policy.access([e(0)])
     policy.admit(e(0))
     policy.access([e(0)])
@@ -251,6 +251,75 @@ def test_ema_wants_who_scores_more() -> None:
     assert policy.wants(e(1), set())
     policy.access([e(0)])
     assert not policy.wants(e(1), set())
+
+
+def test_ema_wants_what_was_needed_just_now_for_a_little_less() -> None:
+    for bonus, is_enough in ((0.0625, False), (0.1, True)):
+        policy = EMA(1, 0.25, 0.0, bonus)
+        for expert in (0, 0, 0, 1, 2):
+            policy.access([e(expert)])
+        policy.admit(e(0))
+        # .25, .4375, .578125 and then twice times .75; the others .1875 and .25
+        assert math.isclose(policy.score(e(0)), 0.3251953125)
+        assert policy.wants(e(2), set()) == is_enough
+        assert not policy.wants(e(1), set()), "its event is over"
+        assert policy.victim(set()) == e(0)
+
+
+@pytest.mark.parametrize("bonus", ["0", "0.125", "0.5"])
+@settings(max_examples=80, deadline=None)
+@given(trace=traces(n_experts=7, steps=40), capacity=st.integers(1, 5))
+def test_ema_without_room_for_all_misses(bonus: str, trace: Trace, capacity: int) -> None:
+    """Those that are wanted are admitted once the event is over, one after the other; worths written out."""
+    ints = [[expert.expert for expert in event] for event in trace]
+    extra = Fraction(bonus)
+    policy = make_policy(f"ema,alpha=0.25,burst=0.5,bonus={bonus}", capacity)
+    held: list[int] = []
+    last: dict[int, int] = {}
+    order = 0
+    for event, scores in zip(ints, moving_averages(ints, Fraction(1, 4), Fraction(1, 2)), strict=True):
+        policy.access([e(x) for x in event])
+        for x in event:
+            order += 1
+            last[x] = order
+        fits = len(event) <= capacity
+        worths = {x: scores[x] + (extra if fits and x in event else 0) for x in scores}
+        for x in [x for x in event if x not in held]:
+            if len(held) == capacity:
+                leaves = min(held, key=lambda y: (worths[y], last[y]))
+                assert policy.victim(set()) == e(leaves)
+                assert policy.wants(e(x), set()) == (worths[x] > worths[leaves])
+                if worths[x] <= worths[leaves]:
+                    continue
+                policy.evict(e(leaves))
+                held.remove(leaves)
+            policy.admit(e(x))
+            held.append(x)
+
+
+def test_an_event_as_large_as_that_of_all_layers_fits_or_nothing_of_it_is_worth_more() -> None:
+    small, large = (make_policy("ema,bonus=0.5", capacity) for capacity in (3, 4))
+    for policy in (small, large):
+        policy.access([e(5, 0), e(6, 0)])
+        policy.access([e(1, 1), e(2, 1)])
+        policy.access([e(1, 1), e(2, 1)])
+        for expert in (e(1, 1), e(2, 1)):
+            policy.admit(expert)
+        policy.access([e(5, 0), e(6, 0)])
+        policy.access([e(3, 1), e(4, 1)])
+    # Two layers with two experts each take four places.
+    assert large.wants(e(3, 1), set())
+    assert not small.wants(e(3, 1), set())
+
+
+def test_where_sizes_differ_it_is_bytes_that_have_to_fit() -> None:
+    for capacity, is_worth_more in ((8, True), (7, False)):
+        policy = make_policy("ema,bonus=0.5", capacity, sizes=lambda expert: 4)
+        policy.access([e(1), e(2)])
+        policy.access([e(1), e(2)])
+        policy.admit(e(1))
+        policy.access([e(3), e(4)])
+        assert policy.wants(e(3), set()) == is_worth_more
 
 
 def test_ema_of_several_layers_decays_by_each_layers_own_events() -> None:

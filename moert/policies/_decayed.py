@@ -99,14 +99,19 @@ class DecayedSumPolicy(Policy):
         self._residents[expert.layer].remove(expert)
 
     def victim(self, locked: Collection[ExpertId]) -> ExpertId:
+        found = self._lowest(locked)
+        assert found is not None, "every resident is locked"
+        return found
+
+    def _lowest(self, locked: Collection[ExpertId]) -> ExpertId | None:
+        """Who of the residents that are not locked has the lowest sum; None if all are."""
         if self._unranked:
             self._rank(self._unranked)
             self._unranked.clear()
         if len(self._residents) == 1:
             (only,) = self._residents.values()
             found = only.lowest(locked)
-            assert found is not None, "every resident is locked"
-            return found.expert
+            return None if found is None else found.expert
         lowest: Rank | None = None
         for layer, residents in self._residents.items():
             rank = residents.lowest(locked)
@@ -114,5 +119,4 @@ class DecayedSumPolicy(Policy):
                 rank = rank._replace(score=rank.score - self._rate * self._events.get(layer, 0))
                 if lowest is None or rank < lowest:
                     lowest = rank
-        assert lowest is not None, "every resident is locked"
-        return lowest.expert
+        return None if lowest is None else lowest.expert

@@ -86,9 +86,12 @@ class EMAAhead(EMA):
     def wants(self, expert: ExpertId, locked: Collection[ExpertId]) -> bool:
         if not self._chances:
             return super().wants(expert, locked)
-        return self.worth(expert) > self.worth(self.victim(locked))
+        return self._value(expert) > self._value(self.victim(locked))
 
-    def worth(self, expert: ExpertId) -> float:
+    def worth(self, expert: ExpertId) -> float | None:
+        return self._value(expert) if self._chances else None
+
+    def _value(self, expert: ExpertId) -> float:
         """The worth of keeping `expert`, from 0 to 1; per byte where sizes differ."""
         worths = self._worths.setdefault(expert.layer, {})
         worth = worths.get(expert)
@@ -99,7 +102,7 @@ class EMAAhead(EMA):
         return worth
 
     def _key(self, expert: ExpertId) -> tuple[float, int, ExpertId]:
-        return self.worth(expert), self._orders.get(expert, 0), expert
+        return self._value(expert), self._orders.get(expert, 0), expert
 
     def _worth(self, expert: ExpertId) -> float:
         discount, rate = self._discount, self._sum(expert)

@@ -18,3 +18,6 @@ class MinBypass(Belady):
 
     def wants(self, expert: ExpertId, locked: Collection[ExpertId]) -> bool:
         return self.next_use(expert) < self.next_use(self.victim(locked))
+
+    def worth(self, expert: ExpertId) -> float | None:
+        return 1 / (self.next_use(expert) - self._now)

@@ -21,6 +21,7 @@ class Promoting:
     ) -> None:
         self._caches, self._transfers = caches, transfers
         self._promotion = promotion or Promotion()
+        self._promotion.rate.worth = lambda expert: caches[expert.layer].residency.policy.worth(expert)
         self._moving: tuple[ExpertId, Event] | None = None
         """The part under way."""
         self.promoted = 0

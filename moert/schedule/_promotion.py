@@ -29,6 +29,8 @@ class Rates:
     def __init__(self, alpha: float) -> None:
         self._keep = 1 - alpha
         self._alpha = alpha
+        self.worth: Callable[[ExpertId], float | None] | None = None
+        """What knows better, such as policies that look ahead (`Policy.worth`); None from it: it does not."""
         self._events: dict[int, int] = {}
         self._known: dict[ExpertId, tuple[float, int]] = {}
 
@@ -44,6 +46,8 @@ class Rates:
 
     def __call__(self, expert: ExpertId) -> float:
         """From 0 to 1."""
+        if self.worth is not None and (worth := self.worth(expert)) is not None:
+            return worth
         rate, then = self._known.get(expert, (0.0, 0))
         return rate * self._keep ** (self._events.get(expert.layer, 0) - then) if rate else 0.0
 

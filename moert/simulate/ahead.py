@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Sequence as Items
 
 import numpy as np
 
 from moert.errors import ConfigError
-from moert.policies import Policy
 from moert.predict.recorded import model_of
 from moert.predictors._ahead import Chances, chances_ahead
 from moert.predictors._choice import make_predictor
 from moert.predictors.base import MOST_TOKENS, NO_EXPERT, Ints, Need, Predictor
-from moert.schedule._promotion import Rates
 from moert.simulate.events import Reading, TraceSource, open_trace
 from moert.trace.sequence import Phase, Sequence
-from moert.types import ExpertId
 
 
 def look_ahead(
@@ -107,17 +103,3 @@ def by_pass(experts: Ints, begins: Ints) -> Ints:
         for layer, needed in enumerate(layers):
             filled[place, layer, : len(needed)] = needed
     return filled
-
-
-class Worths(Rates):
-    """What experts are worth to policies that look ahead; where one does not say, in what share of events they were."""
-
-    def __init__(self, rates: Rates, policies: Items[Policy]) -> None:
-        self._rates, self._policies = rates, policies
-
-    def observe(self, event: Items[ExpertId]) -> None:
-        self._rates.observe(event)
-
-    def __call__(self, expert: ExpertId) -> float:
-        worth = self._policies[expert.layer].worth(expert)
-        return self._rates(expert) if worth is None else worth

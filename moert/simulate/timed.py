@@ -10,7 +10,7 @@ from moert.errors import CapacityError, ConfigError
 from moert.policies import Policy, make_policy
 from moert.predictors._ahead import Chances
 from moert.schedule import Costs, Item, Place, Promotion, Schedule, Scheduler, make_scheduler, makespan
-from moert.simulate.ahead import Worths, look_ahead
+from moert.simulate.ahead import look_ahead
 from moert.simulate.bound import bounds
 from moert.simulate.capacity import expert_sizes, parse_capacity, plan_caches
 from moert.simulate.events import Count, Reading, TraceSource, open_trace
@@ -138,8 +138,6 @@ def simulate_time(
     replay = _Replay(header, events, policy, [int(n) for n in caches.capacity], by_layer, scheduler, layer_s, promotion)
     if predictor is not None and (ahead := replay.tokens_ahead):
         replay.ahead = look_ahead(trace, source.reading, predictor, ahead)
-        if promotion is not None:
-            promotion.rate = Worths(promotion.rate, replay.policies)
     for event in events:
         if event.is_counted and residents is not None:
             replay.put(residents)
@@ -200,6 +198,8 @@ class _Replay:
             future = ([*event.experts] for event in events if event.layer == layer)
             self.policies.append(make_policy(policy, n, future=future))
         self.tokens_ahead = max((one.tokens_ahead for one in self.policies), default=0)
+        if self._promotion is not None:
+            self._promotion.rate.worth = lambda expert: self.policies[expert.layer].worth(expert)
         self.ahead: Iterator[Chances] | None = None
         """Of each event to come, what is predicted for those after it."""
         self._residents: list[set[ExpertId]] = [set() for _ in header.layers]
