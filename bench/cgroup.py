@@ -61,13 +61,22 @@ class MemoryGroup:
 
 
 def memory_folders() -> list[tuple[int, Path]]:
-    """(version, folder) of every group a sub-group may be made in: our own group first, then its ancestors."""
+    """`folders` of memory."""
+    return folders("memory")
+
+
+def folders(controller: str) -> list[tuple[int, Path]]:
+    """(version, folder) of every group a sub-group may be made in: our own group first, then its ancestors.
+
+    Args:
+        controller: what version 1 calls it; version 2 has all of them in one place.
+    """
     own = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
             own[2] = path
-        elif "memory" in controllers.split(","):
+        elif controller in controllers.split(","):
             own[1] = path
     folders = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -75,7 +84,7 @@ def memory_folders() -> list[tuple[int, Path]]:
         root, mount = before.split()[3:5]
         kind, _, options = after.split()[:3]
         version = {"cgroup": 1, "cgroup2": 2}.get(kind)
-        if version is None or version not in own or (version == 1 and "memory" not in options.split(",")):
+        if version is None or version not in own or (version == 1 and controller not in options.split(",")):
             continue
         inside = os.path.relpath(own[version], root) if own[version].startswith(root) else "."
         folder = Path(os.path.normpath(os.path.join(mount, inside)))

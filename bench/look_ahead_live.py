@@ -4,13 +4,15 @@
     moert trace import gpt-oss-20b_mmlu_pro_test.npz --experts 32 -o routing.safetensors
     python bench/look_ahead_live.py /data/olmoe-bench-32 --trace routing.safetensors --json live.json
     python bench/look_ahead_live.py moert/data/demo
+    python bench/look_ahead_live.py moert/data/demo --disk 100
 
 With a trace, tokens choose the experts that it says (`moert.follow`): random weights have no routing worth predicting.
 Without one, the model's own routers decide. All ways are loaded at once, in one process, and take turns, a block of
 tokens each, in another order each time, so that a disk that changes its speed does so for all. The tokens before those
 that count are as many as it may take to find out whether reads ahead of time gain. Experts are read past the page
-cache. Each way's tokens must be those of the first. A gain is of tokens a second over all that count, against the first
-way; beside it the median over blocks, each against that of the first way in the same round.
+cache, with `--disk` no faster than it says (as root, by a cgroup), for a disk that is slow beside a small model. Each
+way's tokens must be those of the first. A gain is of tokens a second over all that count, against the first way; beside
+it the median over blocks, each against that of the first way in the same round.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from diskspeed import measure
 from report import machine
 from rich.console import Console
 from rich.table import Table
+from slow_disk import slow_disk
 from start import start_with
 
 import moert
@@ -118,6 +121,7 @@ def main(
     tokens: Annotated[int, typer.Option(min=16, help="Tokens that count, of each way.")] = 384,
     warm_up: Annotated[int, typer.Option(min=1, help="Tokens before them.")] = 896,
     block: Annotated[int, typer.Option(min=1, help="Tokens at a turn.")] = 16,
+    disk: Annotated[int | None, typer.Option(min=1, metavar="MB/S", help="Hold the disk to so many MB/s.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write everything there.")] = None,
 ) -> None:
     """Compare what gains in decoding from disk."""
@@ -126,6 +130,8 @@ def main(
     record_bytes = read_checkpoint(checkpoint).record_bytes
     files = sorted(checkpoint.glob("*.safetensors"))
     with contextlib.ExitStack() as stack:
+        if disk is not None:
+            stack.enter_context(slow_disk(checkpoint, disk * 10**6))
         ways = []
         for name, options in ways_of(predictor).items():
             way = Way(name, checkpoint, host_memory, options)
@@ -146,11 +152,11 @@ def main(
             way.begin(prompt)
             way.run(warm_up)
             moert.reset_stats(way.model)
-        disk = [measure(files, record_bytes, seconds=1.0).bytes_per_s]
+        rates = [measure(files, record_bytes, seconds=1.0).bytes_per_s]
         for number in range(max(1, tokens // block)):
             for way in random.Random(number).sample(ways, len(ways)):
                 way.seconds.append(way.run(block))
-        disk.append(measure(files, record_bytes, seconds=1.0).bytes_per_s)
+        rates.append(measure(files, record_bytes, seconds=1.0).bytes_per_s)
         rows = [result(way, ways[0], block) for way in ways]
         different = [way.name for way in ways if way.tokens != ways[0].tokens]
     if different:
@@ -168,13 +174,14 @@ def main(
             f"{row['stall_ms_per_token']:.1f}",
         )
     console.print(table)
-    console.print(f"the disk before and after: {', '.join(f'{one / 1e9:.2f}' for one in disk)} GB/s")
+    console.print(f"the disk before and after: {', '.join(f'{one / 1e9:.2f}' for one in rates)} GB/s")
     if json_path is not None:
         document = {
             "command": " ".join(Path(part).name if Path(part).exists() else part for part in sys.argv),
             "machine": machine(),
             "host_memory": host_memory,
-            "disk_bytes_per_s": disk,
+            "disk_bytes_per_s": rates,
+            "disk_held_to_bytes_per_s": None if disk is None else disk * 10**6,
             "tokens": tokens,
             "warm_up": warm_up,
             "block": block,

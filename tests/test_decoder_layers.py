@@ -18,6 +18,7 @@ import moert
 from moert.hf import layer_chain
 from moert.hf.decoder_layer import DecoderLayerForward
 from moert.hf.dense_compute import count, give_back, take_over
+from moert.hf.layer_chain import LayerChain
 from moert.hf.self_attention import SelfAttentionForward
 from moert.kernels.token_layer import TokenLayer
 
@@ -59,7 +60,13 @@ def test_layers_whose_experts_are_not_all_there(
     budget: str, predictor: str, zoo: Zoo, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = zoo.fresh("qwen3_moe", torch.bfloat16)
-    seen = []
+    seen, asked, take = [], [], LayerChain._take
+
+    def noted(chain: LayerChain, place: int, *args: Any) -> Any:
+        asked.append(place)
+        return take(chain, place, *args)
+
+    monkeypatch.setattr(LayerChain, "_take", noted)
     for own in (True, False):
         with (
             layers_own_code(monkeypatch) if own else nullcontext(),
@@ -74,6 +81,7 @@ def test_layers_whose_experts_are_not_all_there(
     _, layers, complete = counted.take()
     assert layers == (STEPS - 1) * model.config.num_hidden_layers
     assert complete == 0
+    assert not asked, "each layer would ask all that follow it"
 
 
 def test_slots_that_hold_all_and_then_do_not(zoo: Zoo, counted: Counted) -> None:

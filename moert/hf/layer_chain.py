@@ -70,6 +70,8 @@ class LayerChain:
     def _begin(self, place: int, x: Any, arguments: dict[str, Any], fewest: int = 1) -> _Ahead | None:
         """Those layers that can be run together, two or more; None if fewer than `fewest` have run."""
         least = max(fewest, 2)
+        if not self._may_run(place, least):
+            return None
         known = self._known.get(place)
         tokens = None if known is None else known.tokens(x, arguments)
         if known is not None and tokens is not None:
@@ -89,6 +91,13 @@ class LayerChain:
         if output is None or len(output.experts_s) < fewest:
             return None
         return _Ahead(place, wholes, tokens, output, arguments)
+
+    def _may_run(self, place: int, count: int) -> bool:
+        """Whether so many layers from `place` on may be run together, as far as can be told without asking each whether
+        anything about it has changed. All that follow are asked that, and this comes again at each layer."""
+        forwards = self._forwards[place : place + count]
+        wholes = [forward.whole for forward in forwards if forward is not None and forward.whole is not None]
+        return len(wholes) == count and wholes[0].runtime.may_run_ahead([whole.index for whole in wholes])
 
     def _take(self, place: int, x: Any, arguments: dict[str, Any]) -> tuple[list[Whole], list[Token]]:
         """As many of the layers from `place` on as take the token `x`, and as what."""

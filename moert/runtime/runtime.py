@@ -192,6 +192,11 @@ class OffloadRuntime(PlannedCalls):
         self._all_rest = len(tables) == len(self.layers) and (self.look_ahead is None or self.look_ahead.rest())
         return run(tables) if len(tables) >= least else None
 
+    def may_run_ahead(self, layers: Iterable[int]) -> bool:
+        """Whether `run_ahead` may take all of these layers; asked at any time, without waiting for another use. No: it
+        takes fewer."""
+        return self._torn or (self.device is None and all(self.layers[layer].is_complete for layer in layers))
+
     @property
     def is_complete(self) -> bool:
         """Whether every expert is resident, so that `run_ahead` may take all layers; asked at any time, without waiting
