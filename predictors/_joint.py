@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
+
+from moert.machine_code import compiled
 
 FROM_LAYER, FROM_LAYER_BEFORE, FROM_TOKEN, TOKEN_ALONE = range(4)
 """What a table goes from: the picks one layer before, two before, those of the token before, and the latter for want of
@@ -19,17 +19,12 @@ LEAST, MOST = np.float32(1e-3), np.float32(1 - 1e-3)
 """Between which rates are kept, so that their odds are finite."""
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    njit: Any = numba.njit
-    return njit(nogil=True, cache=True)(function)
-
-
-@_compiled
+@compiled
 def _probability(logit: Any) -> Any:
     return 1 / (1 + np.exp(-min(max(logit, np.float32(-30)), np.float32(30))))
 
 
-@_compiled
+@compiled
 def _add(logits: Any, table: Any, ids: Any) -> None:
     for k in range(len(ids)):
         if ids[k] >= 0:
@@ -38,7 +33,7 @@ def _add(logits: Any, table: Any, ids: Any) -> None:
                 logits[e] += row[e]
 
 
-@_compiled
+@compiled
 def _add_expected(logits: Any, table: Any, chances: Any) -> None:
     """As `_add` of experts that are picked with these chances."""
     for i in range(len(chances)):
@@ -48,13 +43,13 @@ def _add_expected(logits: Any, table: Any, chances: Any) -> None:
                 logits[e] += chances[i] * row[e]
 
 
-@_compiled
+@compiled
 def _begin(logits: Any, bias: Any, gain: Any, rate: Any) -> None:
     for e in range(len(logits)):
         logits[e] = bias[e] + gain[e] * np.log(rate[e] / (1 - rate[e]))
 
 
-@_compiled
+@compiled
 def predict(
     tables: Any,
     bias: Any,
@@ -85,7 +80,7 @@ def predict(
             logits[e] = _probability(logits[e])
 
 
-@_compiled
+@compiled
 def predict_token(tables: Any, bias: Any, gain: Any, rate: Any, picks: Any, likely: Any, out: Any) -> None:
     """Chances `out` [n, E] one token later, from one's picks [n, K] or, where these are empty, chances [n, E]."""
     for row in range(len(out)):
@@ -99,7 +94,7 @@ def predict_token(tables: Any, bias: Any, gain: Any, rate: Any, picks: Any, like
             logits[e] = _probability(logits[e])
 
 
-@_compiled
+@compiled
 def _step_along(table: Any, sums: Any, ids: Any, slope: Any, mean_square: float, speed: float) -> None:
     for k in range(len(ids)):
         if ids[k] >= 0:
@@ -110,7 +105,7 @@ def _step_along(table: Any, sums: Any, ids: Any, slope: Any, mean_square: float,
                 row[e] -= size * slope[e]
 
 
-@_compiled
+@compiled
 def _learn_one(
     bias: Any, bias_sums: Any, gain: Any, gain_sums: Any, rate: Any, picked: Any, slope: Any, speed: float
 ) -> Any:
@@ -128,7 +123,7 @@ def _learn_one(
     return total / len(slope)
 
 
-@_compiled
+@compiled
 def learn(
     tables: Any,
     sums: Any,

@@ -15,7 +15,7 @@ from built_support import OUTSIDE_MAKE, PLUGIN_FOLDERS, ROOT, build, copy_source
 
 # Lower parts first; a part imports from its own row and those above. Dotted names are below `moert`; "" is its face.
 LAYERS = (
-    ("config", "errors", "types", "plugins", "torch_threads", "_C"),
+    ("config", "errors", "types", "plugins", "torch_threads", "machine_code", "_C"),
     ("kernels",),
     ("tiers", "formats"),
     ("device",),
@@ -51,6 +51,7 @@ WITHOUT_TORCH = (
     "errors",
     "types",
     "plugins",
+    "machine_code",
 )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from moert.machine_code import compiled
 
 Ids = npt.NDArray[np.int32]
 Counts = npt.NDArray[np.int64]
@@ -13,7 +14,7 @@ _RECENT_BITS = 32
 """A priority is a count above this many bits and the time of the last use below it."""
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def window_histogram(experts: Ids, num_experts: int, length: int, histogram: Counts) -> None:
     """Add to `histogram[c]` how often an expert has c activations in a window of `length` tokens, over all windows.
 
@@ -48,7 +49,7 @@ def window_histogram(experts: Ids, num_experts: int, length: int, histogram: Cou
         histogram[counts[expert]] += num_windows - since[expert]
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def segment_cache_hits(experts: Ids, num_experts: int, length: int, hits: Counts) -> None:
     """Add to `hits[c]` the activations that a cache of c + 1 experts serves and one of c does not.
 
