@@ -10,6 +10,7 @@ from torch import nn
 
 from moert.errors import MoertError
 from moert.hf.adapters import ExpertsAdapter
+from moert.hf.own_forward import uncompiled
 from moert.runtime.runtime import OffloadRuntime
 
 
@@ -74,6 +75,14 @@ class OffloadedExperts(nn.Module):
             CorruptFileError, TransferError: an expert could not be read; the forward may be tried again.
             RuntimeError: in a backward pass through it.
         """
+        if torch.compiler.is_compiling():
+            output: torch.Tensor = uncompiled(self._forward, hidden_states, top_k_index, top_k_weights)
+            return output
+        return self._forward(hidden_states, top_k_index, top_k_weights)
+
+    def _forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
             output: torch.Tensor = _InferenceOnly.apply(hidden_states, top_k_weights, top_k_index, self)
             return output

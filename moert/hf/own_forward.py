@@ -58,6 +58,12 @@ def is_recorded() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
+@torch.compiler.disable
+def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, of which torch.compile makes nothing: it ends a graph before and begins one after it."""
+    return function(*arguments)
+
+
 def is_differentiated(tensor: torch.Tensor) -> bool:
     """Whether autograd needs to see what becomes of it, backwards or forwards, or `torch.func` does."""
     return (

@@ -14,6 +14,7 @@ from torch import nn
 from moert.hf.decoder_layer import DecoderLayerForward
 from moert.hf.forwards import Forward, ForwardWatch
 from moert.hf.model import offloaded_modules
+from moert.hf.own_forward import is_recorded, uncompiled
 from moert.predictors._choice import make_predictor, read_predictor
 from moert.predictors.base import Model as PredictedModel
 from moert.predictors.base import Need, Predictor, Router
@@ -198,6 +199,12 @@ class _Enter:
         self._layer = layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_recorded():
+            uncompiled(self._look, args, kwargs)
+        else:
+            self._look(args, kwargs)
+
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._runtime.enters(self._layer):
             return
         hidden = args[0] if args else kwargs.get("hidden_states")
