@@ -297,3 +297,12 @@ def test_a_full_disk_leaves_what_was_there(
     assert "out.html" in cli("simulate", path, "--policy", "lru", "--capacity", "25%", "--html", html).error
     assert html.read_text() == "before"
     assert sorted(tmp_path.iterdir()) == sorted([path, html])
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "120"])
+def test_a_narrow_terminal_loses_no_column(cli: Cli, path: Path, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    ran = cli("simulate", path, "--capacity", "25%", "--policy", "lru", "--machine", "24gb-pcie4")
+    assert re.search(r" ms a +of the *\n.* token +bound *\n", ran.out)
+    (row,) = re.findall(r"^lru  .*$", ran.out, re.MULTILINE)
+    assert re.search(r" \d+\.\d +\d+\.\d %$", row.strip())

@@ -275,18 +275,21 @@ def _print(one: Replayed, console: Console) -> None:
     # A table for each capacity, all of the same widths, so that what it holds may stand above it at full length.
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     shown = [place for place, column in enumerate(zip(*texts, strict=True)) if set(column) != {"–"}]
+    least = {column: max(widths[column], *(len(line) for line in _COLUMNS[column].split("\n"))) for column in shown}
+    padding = 2 if sum(least.values()) + 2 * len(shown) <= console.width else 1
+    # rich would leave out the last columns where they do not fit.
+    console.width = max(console.width, sum(least.values()) + padding * len(shown))
     rows = iter(zip(one.rows, texts, strict=True))
     for place, (capacity, same) in enumerate(groupby(rows, key=lambda row: str(row[0]["capacity"]))):
         of_capacity = list(same)
         table = Table(
-            box=None, pad_edge=False, header_style="bright_black", padding=(0, 2, 0, 0), show_header=not place
+            box=None, pad_edge=False, header_style="bright_black", padding=(0, padding, 0, 0), show_header=not place
         )
         for column in shown:
-            title = max(map(len, _COLUMNS[column].split("\n")))
             table.add_column(
                 _COLUMNS[column],
                 justify="right" if column else "left",
-                min_width=max(widths[column], title),
+                min_width=least[column],
                 no_wrap=column > 0,
                 overflow="fold",
                 vertical="bottom",
