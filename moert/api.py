@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
 
 import moert.hf  # noqa: F401  # registers the quantizer plug-in, so that OffloadConfig works with from_pretrained
 from moert.config import OffloadConfig, parse_budget
@@ -19,8 +22,6 @@ from moert.runtime.host_tier import Resized
 from moert.runtime.stats import Stats
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from moert.hf.placement import DeviceMap
     from moert.trace.trace import Trace, TraceLike
 
@@ -60,25 +61,36 @@ def load(path_or_id: str | os.PathLike[str], *, progress: Progress | None = None
         path_or_id: a checkpoint's folder, or a model id of the hub.
         progress: called from the loading thread while experts are preloaded.
         **options: the fields of `OffloadConfig` (host_memory, policy, ...); everything else (dtype, revision,
-            attn_implementation, ...) goes to HuggingFace's `from_pretrained` unchanged.
+            attn_implementation, ...) goes to HuggingFace's `from_pretrained` unchanged, and so does `cache_dir`, which
+            is the folder of models from the hub here.
 
     Returns:
         The model, of the class that its configuration names; what `from_pretrained` returns if it was asked for more.
 
     Raises:
-        ConfigError: a malformed option, or a path that is no checkpoint.
+        TypeError: what is to be loaded is neither a path nor an id.
+        ConfigError: a malformed or misspelt option, or a path that is no checkpoint.
         UnsupportedModelError: a dense model, a quantised checkpoint, or experts of an unknown layout; it says which.
         KernelUnavailableError: with `device_memory`: the GPU is too old, or does not compute what the CPU does.
         CapacityError: a budget below what one token needs, or above the memory there is.
         CorruptFileError, TransferError: a file is missing, truncated, malformed or unreadable.
     """
+    if not isinstance(path_or_id, (str, os.PathLike)):
+        raise TypeError(
+            f"moert.load takes a folder or a model id, not {_named(path_or_id)}; moert.patch takes a model in memory"
+        )
     config, hf_kwargs = _split(options)
+    if config.cache_dir is not None:
+        hf_kwargs["cache_dir"] = config.cache_dir
+    for name in hf_kwargs.keys() - {"cache_dir"}:
+        if meant := difflib.get_close_matches(name, OffloadConfig.option_names(), n=1, cutoff=0.85):
+            raise ConfigError(f"unknown option {name!r}; did you mean {meant[0]!r}?")
     return loading.load(path_or_id, config, progress, **hf_kwargs)
 
 
 def patch(
-    model: Model, *, progress: Progress | None = None, device_map: DeviceMap | None = None, **options: Any
-) -> Model:
+    model: nn.Module, *, progress: Progress | None = None, device_map: DeviceMap | None = None, **options: Any
+) -> Any:
     """Hand the experts of a model in memory to moert, in place; also usable as `with moert.patch(model): ...`.
 
     Without `host_memory`, or with enough of it, the experts stay in the very parameters they are in. With less, they
@@ -96,13 +108,19 @@ def patch(
         **options: the fields of `OffloadConfig`.
 
     Returns:
-        `model` itself. At the end of a `with` statement over it, it is unpatched.
+        `model` itself. At the end of a `with` statement over it, it is unpatched. (Its type is not the argument's, as
+        that has no `with` statement.)
 
     Raises:
         MoertError: it is patched already.
+        TypeError: it is no model.
         ConfigError, UnsupportedModelError, KernelUnavailableError, CapacityError, TransferError: as `load`, and the
             model is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"moert.patch takes a model that is in memory, not {_named(model)}; moert.load takes a folder or a model id"
+        )
     config, unknown = _split(options)
     if unknown:
         raise ConfigError(f"unknown option {sorted(unknown)[0]!r}; there are {', '.join(OffloadConfig.option_names())}")
@@ -271,6 +289,10 @@ def close(model: nn.Module) -> None:
         MoertError: nothing in the model is offloaded.
     """
     _model.close(model)
+
+
+def _named(thing: object) -> str:
+    return repr(thing) if isinstance(thing, (str, os.PathLike)) or thing is None else f"a {type(thing).__name__}"
 
 
 def _split(options: dict[str, Any]) -> tuple[OffloadConfig, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,37 @@ def test_other_keywords_go_to_huggingface(tiny_olmoe: Path) -> None:
     moert.close(model)
     with pytest.raises((TypeError, ValueError)):
         moert.load(tiny_olmoe, host_memory="25%", no_such_keyword=1)
+
+
+def test_cache_dir_is_where_models_of_the_hub_are(tiny_olmoe: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--somebody--olmoe" / "snapshots" / ("0" * 40)
+    shutil.copytree(tiny_olmoe, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    with moert.load("somebody/olmoe", cache_dir=tmp_path, local_files_only=True, host_memory="25%") as model:
+        assert moert.stats(model).expert_bytes > 0
+
+
+def test_what_is_given_to_the_wrong_one_of_load_and_patch(tiny_olmoe: Path) -> None:
+    with pytest.raises(TypeError, match=r"in memory, not 'a/path'; moert\.load takes a folder"):
+        moert.patch("a/path", host_memory="25%")
+    model = OlmoeForCausalLM.from_pretrained(tiny_olmoe)
+    with pytest.raises(TypeError, match=r"not a OlmoeForCausalLM; moert\.patch takes a model in memory"):
+        moert.load(model, host_memory="25%")
+
+
+def test_a_misspelt_option_is_named(tiny_olmoe: Path) -> None:
+    with pytest.raises(moert.ConfigError, match="'host_memroy'; did you mean 'host_memory'"):
+        moert.load(tiny_olmoe, host_memroy="25%")
+
+
+def test_unpatched_within_the_with_statement(tiny_olmoe: Path) -> None:
+    with moert.patch(OlmoeForCausalLM.from_pretrained(tiny_olmoe), host_memory="25%") as model:
+        moert.unpatch(model)
+    with moert.load(tiny_olmoe, host_memory="25%") as model:
+        moert.unpatch(model)
+    with pytest.raises(moert.MoertError, match="no offloaded experts"):
+        moert.stats(model)
 
 
 def test_cast_on_load_is_the_cast_of_transformers(tiny_olmoe: Path) -> None:

@@ -66,7 +66,8 @@ def opened(name: str, options: LoadOptions) -> Iterator[Opened]:
     _import_quietly(name)
     began = perf_counter()
     with _loading_bar(name) as progress, reading(name):
-        model = moert.load(name, progress=progress.update, **options.kwargs)
+        # Tokenizers and headers of the hub's models are read from HuggingFace's own folder, so the weights are too.
+        model = moert.load(name, progress=progress.update, **{**options.kwargs, "cache_dir": None})
     try:
         yield Opened(model, perf_counter() - began)
     finally:

@@ -23,8 +23,9 @@ class Offloaded:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        leave = self.__dict__["_moert_leave"]
-        leave(self)
+        leave = self.__dict__.get("_moert_leave")
+        if leave is not None:  # else it has been unpatched within the statement
+            leave(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: what HuggingFace would write has no experts in it."""
