@@ -8,7 +8,7 @@ import os
 import torch
 
 from moert import _C
-from moert.errors import KernelUnavailableError
+from moert.errors import ConfigError, KernelUnavailableError
 from moert.kernels.cpu_matrix import NUMBERS, Matrix
 
 __all__ = [
@@ -71,6 +71,11 @@ if _forced := os.environ.get("MOERT_ISA"):
         use_isa(_forced)
     except ValueError as error:
         raise KernelUnavailableError(f"MOERT_ISA={_forced}: {error}; give one of those") from error
+if os.environ.get("MOERT_THREADS"):
+    try:
+        _C.threads()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor | Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -51,6 +51,29 @@ def test_the_module_runs_as_the_command_does() -> None:
     assert (child.returncode, child.stdout) == (0, f"moert {moert.__version__}\n")
 
 
+def test_a_number_of_threads_that_cannot_be_is_one_line() -> None:
+    child = subprocess.run(
+        [sys.executable, "-m", "moert", "run", "demo", "def", "--max-new-tokens", "1"],
+        env={**os.environ, "MOERT_THREADS": "many"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert child.returncode == 2
+    assert child.stderr == "moert: error: MOERT_THREADS is 'many', must be a number in 1..1024\n"
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_it() -> None:
+    child = subprocess.run(
+        [sys.executable, "-m", "moert", "policies"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=60,
+    )
+    assert (child.returncode, child.stderr) == (0, b"")
+    assert b"fifo" in child.stdout
+
+
 def test_help_names_every_command(cli: Cli) -> None:
     ran = cli("--help")
     assert ran.code == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import signal
 import sys
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The interpreter's last collections walk over all that torch and transformers made: a second, for nothing.
         atexit.register(gc.freeze)
         limit_spinning()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # an encoding without a ✓ prints what stands for it
+                stream.reconfigure(errors="backslashreplace" if stream is sys.stderr else "replace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     with _interruptible() as was_interrupted:
         try:
