@@ -118,6 +118,7 @@ def test_missing_folder(name: str, attempt: Callable[..., str]) -> None:
 
 def test_unknown_model_of_the_hub(attempt: Callable[..., str]) -> None:
     assert "'nobody/nothing'" in attempt("nobody/nothing")
+    assert "no such folder here" in attempt("nobody/nothing"), "a path may have been meant"
 
 
 def test_file_in_place_of_a_folder(attempt: Callable[..., str], root: Path) -> None:

@@ -115,7 +115,10 @@ def test_bad_input_is_one_line(cli: Cli, folder: str, arguments: list[str], mess
 
 
 def test_models_that_are_not_here(cli: Cli) -> None:
-    assert "not on this machine yet" in cli("plan", "nobody/nothing", "--machine", CARD).error
+    assert (
+        "no folder, and no model of the hub that is on this machine yet"
+        in cli("plan", "nobody/nothing", "--machine", CARD).error
+    )
 
 
 def test_times_are_those_of_the_timed_replay(cli: Cli, tmp_path: Path) -> None:

@@ -65,7 +65,9 @@ def _calibrate(name: str, options: LoadOptions) -> None:
     hush(bars=True)
     folder = local_folder(name, options.revision)
     if folder is None:
-        raise ConfigError(f"{name!r} is not on this machine yet; download it and ask again")
+        raise ConfigError(
+            f"{name!r} is no folder, and no model of the hub that is on this machine yet: download it and ask again"
+        )
     with bar("calibrating") as progress, reading(name):
         found = calibrate(folder, options.offload, progress.update, dtype=options.dtype)
     save(found)

@@ -27,7 +27,8 @@ def reading(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        raise InputError(f"cannot load {name!r}: {kind}{one_line(error)}") from error
+        taken = "" if os.path.isdir(name) else "there is no such folder here, and as a model id of the hub: "
+        raise InputError(f"cannot load {name!r}: {taken}{kind}{one_line(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,9 @@ def _folder(name: str) -> Path:
     hush(bars=True)
     folder = local_folder(name)
     if folder is None:
-        raise ConfigError(f"{name!r} is not on this machine yet; download it and ask again")
+        raise ConfigError(
+            f"{name!r} is no folder, and no model of the hub that is on this machine yet: download it and ask again"
+        )
     return folder
 
 
