@@ -181,3 +181,12 @@ def test_arguments_of_one_command(arguments: list[str], words: list[str], cli: C
 def test_machine_readable_runs_say_errors_the_same_way(cli: Cli) -> None:
     for command in (["run", "/nothing", "x"], ["verify", "/nothing"], ["doctor", "/nothing"]):
         assert "is not a folder" in cli(*command, "--json").error
+
+
+def test_what_cannot_be_kept_is_not_measured(cli: Cli, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    monkeypatch.setattr("moert.hf.calibrating.calibrate", lambda *_, **__: pytest.fail("measured for nothing"))
+    assert (
+        "cannot make the folder: '/dev/null/cache/moert/calibration'"
+        in cli("doctor", checkpoint(root), "--calibrate").error
+    )

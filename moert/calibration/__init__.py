@@ -9,7 +9,7 @@ from __future__ import annotations
 from moert.calibration.machine import CalibratedMachine
 from moert.calibration.result import Calibration, Fingerprint, Shape
 from moert.calibration.sampling import Measured, sampled
-from moert.calibration.store import default_folder, find, load, save
+from moert.calibration.store import default_folder, find, load, make_folder, save
 
 __all__ = [
     "CalibratedMachine",
@@ -20,6 +20,7 @@ __all__ = [
     "default_folder",
     "find",
     "load",
+    "make_folder",
     "sampled",
     "save",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -27,17 +28,29 @@ def path_of(fingerprint: Fingerprint, shape: Shape, folder: Path | None = None) 
     return (folder or default_folder()) / f"{shape.architecture}-{keys[0][:8]}-{keys[1][:8]}.json"
 
 
+def make_folder(folder: Path | None = None) -> Path:
+    """Make the folder of calibrations unless it is there, and return it.
+
+    Raises:
+        TransferError: it cannot be made, or nothing can be written into it.
+    """
+    path = folder or default_folder()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TransferError(error.errno, f"{error.strerror}; cannot make the folder", str(path)) from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise TransferError(errno.EACCES, f"{os.strerror(errno.EACCES)}; cannot write into the folder", str(path))
+    return path
+
+
 def save(calibration: Calibration, folder: Path | None = None) -> Path:
     """Write it where `load` looks, in the place of what was there; blocks until it would outlast a power failure.
 
     Raises:
         TransferError: it cannot be written; what was there before still is.
     """
-    path = path_of(calibration.fingerprint, calibration.shape, folder)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TransferError(error.errno, f"{error.strerror}; cannot make the folder", str(path.parent)) from error
+    path = path_of(calibration.fingerprint, calibration.shape, make_folder(folder))
     write_whole(path, (json.dumps(calibration.as_dict(), indent=1) + "\n").encode())
     return path
 

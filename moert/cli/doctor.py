@@ -56,8 +56,9 @@ def _calibrate(name: str, options: LoadOptions) -> None:
 
     Raises:
         ConfigError: the model is not on this machine.
+        TransferError: there is no place to keep what is measured.
     """
-    from moert.calibration import save
+    from moert.calibration import make_folder, save
     from moert.hf.calibrating import calibrate
     from moert.hf.inspection import local_folder
     from moert.hf.text import hush
@@ -68,6 +69,7 @@ def _calibrate(name: str, options: LoadOptions) -> None:
         raise ConfigError(
             f"{name!r} is no folder, and no model of the hub that is on this machine yet: download it and ask again"
         )
+    make_folder()  # what cannot be kept need not be measured
     with bar("calibrating") as progress, reading(name):
         found = calibrate(folder, options.offload, progress.update, dtype=options.dtype)
     save(found)
