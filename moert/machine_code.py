@@ -10,20 +10,20 @@ from typing import Any
 import numba
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as machine code that lets other threads run.
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`function` as machine code that lets other threads run; `options` are numba's.
 
     It is kept where NUMBA_CACHE_DIR says, beside the source, or in the user's cache folder. Where nothing can be
     written, as in a container that is read-only, every process compiles it again, with one RuntimeWarning.
     """
     njit: Any = numba.njit
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, cache=True, **options)(function)
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise
         _warn_once()
-        return njit(nogil=True)(function)
+        return njit(nogil=True, **options)(function)
 
 
 @cache

@@ -48,3 +48,22 @@ def test_without_a_place_on_disk_it_is_compiled_each_time(tmp_path: Path) -> Non
     assert (child.returncode, child.stdout) == (0, "8 12\n"), child.stderr
     assert child.stderr.count("RuntimeWarning") == 1
     assert "NUMBA_CACHE_DIR" in child.stderr
+
+
+EVERYTHING = """
+from numba.core import caching
+(getattr(caching, "CacheImpl", None) or caching._CacheImpl)._locator_classes = []
+import moert.predictors._joint, moert.suit._scans
+from simulate_support import trace_of
+from moert.simulate import simulate
+trace = trace_of([4], [[[0, 1]], [[0, 2]], [[0, 1]]])
+print([simulate(trace, policy, 2).hits for policy in ("lru", "belady")])
+"""
+
+
+def test_all_that_is_compiled_runs_without_a_place_on_disk() -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", EVERYTHING], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300
+    )
+    assert (child.returncode, child.stdout) == (0, "[2, 2]\n"), child.stderr
+    assert child.stderr.count("compiled code cannot be kept") == 1

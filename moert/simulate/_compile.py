@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numba
+from moert.machine_code import compiled as machine_code
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as machine code, kept on disk, that lets other threads run.
+    """`function` as machine code; see `moert.machine_code.compiled`.
 
     It must allocate nothing: numba then need not count references to arrays, which costs more than the replay itself
     (8.6 against 32 million accesses a second for LRU). Where numba does not know the option it counts them.
     """
-    njit: Any = numba.njit
     try:
-        return njit(nogil=True, cache=True, _nrt=False)(function)
+        return machine_code(function, _nrt=False)
     except (KeyError, TypeError):
-        return njit(nogil=True, cache=True)(function)
+        return machine_code(function)

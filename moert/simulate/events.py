@@ -9,11 +9,11 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from moert.errors import ConfigError, CorruptFileError
+from moert.machine_code import compiled
 from moert.trace.sequence import LayerInfo, Phase, TraceHeader
 from moert.trace.sequence import Sequence as TraceSequence
 
@@ -297,7 +297,7 @@ def _events_of(group: _Group, bases: Ints, reading: Reading, number: int) -> Eve
     )
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _gather(experts, begins, ends, counts, bases, atomic):  # type: ignore[no-untyped-def]
     """The events of all steps: distinct ids, ascending. `bad` is the place of an id that its layer does not have."""
     n_layers, n_picks = experts.shape[1], experts.size

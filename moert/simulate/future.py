@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from moert.machine_code import compiled
 from moert.simulate._rankings import NEVER
 from moert.simulate.events import Events, Ints
 
@@ -76,7 +76,7 @@ class Future:
         return ids, offsets, counted
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def next_uses(offsets, ids, counted, first, last):  # type: ignore[no-untyped-def]
     """[ids] the number of the next event that has each one, counted from `first`, `NEVER` if there is none.
 
