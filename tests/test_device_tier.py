@@ -9,11 +9,13 @@ from device_support import NumberTier
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from simulate_support import trace_of
 
 from moert.device.base import DeviceLostError
 from moert.device.simulated import Machine
 from moert.errors import MoertError, TransferError
-from moert.schedule import Costs, Curve, scheduler_names
+from moert.schedule import Costs, Curve, Promotion, scheduler_names
+from moert.simulate.timed import simulate_time
 from moert.types import ExpertId
 
 E, LAYERS = 6, 2
@@ -284,6 +286,27 @@ def test_what_the_cpu_keeps_computing_is_promoted_over_the_idle_link() -> None:
     assert len(still.caches[0].residency) == 0
     # In three parts each, so that a demand never waits for more than one of them.
     assert sum(tier.tier.transfers.counts.copies.values()) == 6
+
+
+@pytest.mark.xdist_group("compiled")
+def test_a_step_takes_over_what_is_being_promoted_as_in_simulated_time() -> None:
+    """Of three parts one is there when the second step begins: it waits for the others, and the third one hits."""
+    cheap_cpu = Costs(Curve.constant(1e-6), Curve.constant(1e-6), move_s=3.0)
+    tier = NumberTier(costs=cheap_cpu, layers=1, host_slots=E, machine=Machine(latency_s=1.0))
+    stats, counts = tier.caches[0].stats, tier.tier.counts
+    hits = []
+    for _ in range(3):
+        tier.device.sleep(1.5)
+        before = stats.hits
+        tier.step(0, [[2]])
+        hits.append(stats.hits - before)
+    trace = trace_of([E], [[[2]]] * 3, top_k=1)
+    found = simulate_time(trace, "ema", 2, cheap_cpu, layer_s=1.5, promotion=Promotion())
+    assert tuple(hits) == found.event_hits == (0, 0, 1)
+    assert stats.forwarded == found.forwarded == 1
+    assert (counts.on_cpu, counts.fetched) == (found.on_cpu, found.fetched) == (1, 0)
+    assert sum(tier.tier.transfers.counts.copies.values()) == 3
+    assert found.link_s == 3.0
 
 
 def test_a_demand_overtakes_what_nobody_waits_for() -> None:

@@ -188,14 +188,91 @@ def test_what_arrives_while_the_cpu_computes_is_there_for_the_next_event() -> No
     assert (found.event_hits, found.promoted, found.seconds) == ((0, 1), 1, 1 + 6 + 1 + 1)
 
 
-def test_what_is_still_moving_when_an_event_ends_is_not_there_for_the_next() -> None:
-    """Link 6 in 3 chunks of 2: the CPU has 1 from 1 to 6, the last chunk moves from 5 to 7."""
+@pytest.mark.parametrize(
+    ("cpu_s", "seconds"),
+    [
+        # Chunks from .5 to 6.5; the second event begins at 6, waits for the last one and runs it; the third one hits.
+        (5, 0.5 + 5 + 0.5 + (0.5 + 1) + 0.5 + 1),
+        # Two chunks from .5 to 4.5; the second event begins at 4 and has the last one follow them, for itself.
+        (3, 0.5 + 3 + 0.5 + (0.5 + 2 + 1) + 0.5 + 1),
+        # At 2.5 the second chunk begins to move, and with it the second event.
+        (1.5, 0.5 + 1.5 + 0.5 + (2 + 2 + 1) + 0.5 + 1),
+    ],
+)
+def test_an_event_takes_over_what_is_being_promoted_and_waits_for_the_rest(cpu_s: float, seconds: float) -> None:
+    """Link 6 in 3 chunks of 2; what is under way is no hit, is not computed by the CPU, and becomes resident."""
+    costs = Costs(Curve.constant(cpu_s), Curve.constant(1), move_s=6)
+    trace = trace_of([4], [[[1]]] * 3, top_k=1)
+    found = simulate_time(trace, "ema", 1, costs, layer_s=0.5, promotion=Promotion(chunks=3))
+    assert found.seconds == seconds
+    assert (found.event_hits, found.forwarded, found.fetched, found.promoted) == ((0, 0, 1), 1, 0, 0)
+    assert (found.on_cpu, found.link_s) == (1, 6)
+
+
+def test_what_has_arrived_and_waits_for_its_place_is_there_at_once() -> None:
+    """Chunks from 1 to 7; the second event begins at 7, and its expert is no resident until an event has ended."""
     costs = Costs(Curve.constant(5), Curve.constant(1), move_s=6)
     trace = trace_of([4], [[[1]]] * 3, top_k=1)
     found = simulate_time(trace, "ema", 1, costs, layer_s=1, promotion=Promotion(chunks=3))
-    # The second event begins at 7 without it and is on the CPU too; when it ends, the expert takes its place.
-    assert (found.event_hits, found.promoted) == ((0, 0, 1), 1)
-    assert (found.seconds, found.link_s) == (1 + 5 + 1 + 5 + 1 + 1, 6)
+    assert (found.event_hits, found.forwarded, found.promoted) == ((0, 0, 1), 1, 0)
+    assert (found.seconds, found.link_s) == (1 + 5 + 1 + 1 + 1 + 1, 6)
+
+
+def test_fetches_of_an_event_come_behind_what_it_takes_over() -> None:
+    """Chunks of 2 from .5 to 4.5, the event begins at 4: the third until 6.5, a fetch until 12.5, a run."""
+    costs = Costs(Curve.constant(3), Curve.constant(1), move_s=6)
+    trace = trace_of([5], [[[1]], [[1, 2, 3, 4]]], top_k=4)
+    found = simulate_time(trace, "ema", 4, costs, layer_s=0.5, promotion=Promotion(chunks=3))
+    # The CPU would take 9 for three experts, and takes 6 for two.
+    assert (found.on_cpu, found.forwarded, found.fetched) == (1 + 2, 1, 1)
+    assert found.seconds == 0.5 + 3 + 0.5 + (2.5 + 6 + 1)
+    assert found.link_s == 12 + 2, "and a chunk of another"
+
+
+def test_the_cpu_computes_residents_but_nothing_that_is_being_promoted() -> None:
+    """The device takes 3 for each: of one that is there and one that comes the CPU has the first, as of two."""
+    costs = Costs(Curve.constant(1), Curve.constant(3), move_s=2)
+    trace = trace_of([4], [[[1]], [[0, 1]]], top_k=2)
+    zero = [ExpertId(0, 0)]
+    found = simulate_time(trace, "ema", 2, costs, residents=zero, promotion=Promotion(chunks=4))
+    # Two chunks of .5 until 1, when the second event begins and the others move; 1 runs from 2 to 5.
+    assert (found.forwarded, found.fetched) == (1, 0)
+    assert (found.on_cpu, found.seconds) == (1 + 1, 1 + 1 + 3)
+
+
+def test_what_comes_is_taken_over_the_oldest_first_and_is_no_promotion_any_more() -> None:
+    """Link 6 in 3 chunks of 2. Expert 3 has arrived, one chunk of 1 has moved and the next is under way at 10."""
+    one, two, three = (ExpertId(0, expert) for expert in (1, 2, 3))
+    promotion = Promotion()
+    link = Link([Costs(Curve.constant(1), Curve.constant(1), move_s=6)], promotion)
+    promotion.observe([one, two, three])
+    promotion.offer(0, [three], None)
+    link.promote_until(7)
+    promotion.offer(0, [one], None)
+    link.promote_until(10)
+    assert promotion.coming == {three: 0, one: 2}
+    assert link.free_s == 11
+    assert link.take_over([one, two, three], 10) == [10, 13]
+    assert (link.free_s, link.busy_s, promotion.coming) == (13, 12, {})
+    promotion.offer(0, [two], None)
+    link.promote_until(16)
+    assert promotion.coming == {two: 2}
+    assert list(promotion.install(lambda _: None)) == []
+
+
+def test_what_the_policy_refuses_begins_anew_as_a_promotion() -> None:
+    """Bélády's rule has no place for 1 beside 0; two of its three chunks had moved when an event took it over."""
+    costs = Costs(Curve.constant(3), Curve.constant(1), move_s=6)
+    trace = trace_of([4], [[[1]], [[1]], [[0]]], top_k=1)
+    promotion = Promotion(hysteresis=0.0)
+    zero = [ExpertId(0, 0)]
+    found = simulate_time(trace, "min_bypass", 1, costs, layer_s=0.5, residents=zero, promotion=promotion)
+    # The chunks until 6.5 were for the event; its run ends at 7.5, and the first of three others has moved at 8.5.
+    assert (found.event_hits, found.forwarded) == ((0, 0, 1), 1)
+    assert found.seconds == 0.5 + 3 + 0.5 + 3.5 + 0.5 + 1
+    assert found.promoted == 0
+    assert promotion.coming == {ExpertId(0, 1): 2}
+    assert found.link_s == 6 + 2 * 2
 
 
 def test_a_chunk_has_moved_when_its_time_is_over_and_counts_only_for_what_it_is_of() -> None:
@@ -217,14 +294,14 @@ def test_a_chunk_has_moved_when_its_time_is_over_and_counts_only_for_what_it_is_
     assert (link.free_s, link.busy_s) == (15, 15)
 
 
-def test_the_most_valuable_is_fetched_and_a_promotion_of_it_is_over() -> None:
-    """Of one miss the CPU has it (4); of two one is fetched (6.6): the one that was used before, half promoted by
-    then."""
+def test_the_most_valuable_is_fetched() -> None:
+    """Of one miss the CPU has it (4); of two one is fetched (6.6): the one that was used before."""
     costs = Costs(Curve.constant(4), Curve.constant(0.5), move_s=6.6)
-    for first, both in ((1, [1, 2]), (2, [1, 2])):
-        trace = trace_of([4], [[[first]], [both], [[first][:1]]], top_k=2)
-        found = simulate_time(trace, "ema", 2, costs, layer_s=0.2, promotion=Promotion(chunks=3))
-        assert (found.fetched, found.promoted, found.event_hits) == (1, 0, (0, 0, 1)), first
+    for first in (1, 2):
+        trace = trace_of([4], [[[first]], [[1, 2]], [[first]]], top_k=2)
+        promotion = Promotion(hysteresis=0.99)
+        found = simulate_time(trace, "ema", 1, costs, residents=[ExpertId(0, 0)], promotion=promotion)
+        assert (found.fetched, found.forwarded, found.event_hits) == (1, 0, (0, 0, 1)), first
 
 
 def test_what_the_policy_does_not_want_passes_through() -> None:

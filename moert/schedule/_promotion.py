@@ -129,6 +129,13 @@ class Promotion:
             self.finished += 1
             self._flight = None
 
+    @property
+    def coming(self) -> dict[ExpertId, int]:
+        """The chunks that have not moved yet of each expert on its way, none of those that have arrived; the oldest
+        first."""
+        left = dict.fromkeys(self._arrived, 0)
+        return left if self._flight is None else {**left, self._flight.expert: self.chunks - self._flight.chunks}
+
     def drop(self, experts: Collection[ExpertId]) -> None:
         """These have become resident by other ways, or cannot be read: whatever was under way for them is void."""
         if self._flight is not None and self._flight.expert in experts:

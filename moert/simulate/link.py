@@ -45,8 +45,26 @@ class Link:
             self.carry(self.free_s, self._costs[expert.layer].move_s / self._promotion.chunks)
             self._moving = (expert, self.free_s)
 
+    def take_over(self, experts: Collection[ExpertId], begin_s: float) -> list[float]:
+        """An event waits for these, which are being promoted: when each is there, the oldest first.
+
+        What of them has not begun to move does so from `begin_s` on, or after what is under way. They are no promotions
+        any more.
+        """
+        assert self._promotion is not None
+        there = []
+        for expert, chunks in self._promotion.coming.items():
+            if expert not in experts:
+                continue
+            if chunks:
+                begun = self._moving is not None and self._moving[0] == expert
+                self.carry(begin_s, (chunks - begun) * self._costs[expert.layer].move_s / self._promotion.chunks)
+            there.append(self.free_s if chunks else begin_s)
+        self.drop(experts)
+        return there
+
     def drop(self, experts: Collection[ExpertId]) -> None:
-        """These have become resident by other ways; a chunk of one that is under way goes to its end for nothing."""
+        """These come, or have come, by other ways; a chunk of one that is under way goes to its end for nothing."""
         assert self._promotion is not None
         self._promotion.drop(experts)
         if self._moving is not None and self._moving[0] in experts:

@@ -49,7 +49,8 @@ class Timed:
     event_hits: tuple[int, ...]
     """Of each event, in order."""
     forwarded: int = 0
-    """Misses whose read had been asked for before their event."""
+    """Misses whose read had been asked for before their event, or that were on their way to the device as promotions:
+    the event waited for the rest."""
     read_ahead: int = 0
     """Records that were asked for before anybody needed them."""
     predict_s: float = 0.0
@@ -170,6 +171,7 @@ def simulate_time(
         bound_s=bound_s,
         own_bound_s=own_bound_s,
         event_hits=tuple(replay.event_hits),
+        forwarded=replay.forwarded,
     )
 
 
@@ -208,7 +210,7 @@ class _Replay:
         self.link = Link(costs, self._promotion)
         """The disk, on a machine without a device."""
         self.seconds = 0.0
-        self.accesses = self.hits = self.fetched = self.on_cpu = self.promoted = self.counted = 0
+        self.accesses = self.hits = self.fetched = self.forwarded = self.on_cpu = self.promoted = self.counted = 0
         self.event_hits: list[int] = []
 
     def step(self, event: Event) -> None:
@@ -249,13 +251,19 @@ class _Replay:
         begin = self.seconds + self._layer_s
         self.link.promote_until(begin)
         costs = self._costs[event.layer]
-        run, misses = self._plan(event, misses)
-        fetched = [misses[place] for place in run.fetch]
+        known = {} if self._promotion is None else self._promotion.coming
+        coming = [expert for expert in misses if expert in known]
+        run, others = self._plan(event, misses, coming)
+        fetched = [others[place] for place in run.fetch]
+        # A whole expert that waits for its place is there at once.
+        arrivals = [there - begin for there in self.link.take_over(coming, begin)] if coming else []
         delay = max(0.0, self.link.free_s - begin)
         device_s = run.device_s
-        if fetched and delay and self._has_device:
-            waiting = (len(fetched) - 1) * max(costs.move_s, run.run_s)
-            device_s = max(run.on_device * run.run_s, delay + costs.move_s + waiting + run.run_s)
+        if self._has_device and (arrivals or (fetched and delay)):
+            arrivals += [delay + n * costs.move_s for n in range(1, len(fetched) + 1)]
+            # Each is followed by its own run and those of the ones behind it.
+            runs = (at + n * run.run_s for n, at in enumerate(reversed(arrivals), start=1))
+            device_s = max(run.on_device * run.run_s, *runs)
         end = begin + max(device_s, run.cpu_s)
         if fetched:
             step_s = costs.move_s if self._has_device else costs.each_read_s(len(fetched))
@@ -265,40 +273,48 @@ class _Replay:
         self.hits += len(event.experts) - len(misses)
         self.event_hits.append(len(event.experts) - len(misses))
         self.fetched += len(fetched)
+        self.forwarded += len(coming)
         self.on_cpu += run.on_cpu
         self.seconds = end
         if not self._has_device:
             turn_over(policy, residents, event.experts, sorted(misses), self._capacity[event.layer])
             return
-        for expert in sorted(fetched):
+        for expert in sorted([*fetched, *coming]):
             self._admit(expert, policy, residents)
         if self._promotion is not None:
             left = [expert for expert in misses if expert not in residents]
-            self.link.drop(residents.intersection(fetched))
             self._promotion.offer(event.layer, left, self._weakest(event.layer))
             self.link.promote_until(end)
             self._install()
 
-    def _plan(self, event: Event, misses: list[ExpertId]) -> tuple[_Run, list[ExpertId]]:
-        """What to do, and the misses in the order that its places mean: the most valuable first."""
-        missing = set(misses)
+    def _plan(self, event: Event, misses: list[ExpertId], coming: Sequence[ExpertId]) -> tuple[_Run, list[ExpertId]]:
+        """What to do, and the misses that are not `coming` in the order that its places mean: the most valuable first.
+
+        What is on its way to the device counts as there, and the CPU computes none of it.
+        """
+        others = [expert for expert in misses if expert not in coming]
         if self._promotion is not None:
-            misses = sorted(misses, key=self._promotion.rate, reverse=True)
-        n_hits = len(event.experts) - len(misses)
-        key = (self._same_costs[event.layer], n_hits, len(misses))
-        is_single = all(n == 1 for n in event.tokens)
-        if is_single and key in self._known:
-            return self._known[key], misses
+            others.sort(key=self._promotion.rate, reverse=True)
+        n_here = len(event.experts) - len(others)
+        key = (self._same_costs[event.layer], n_here, len(others))
+        is_usual = not coming and all(n == 1 for n in event.tokens)
+        if is_usual and key in self._known:
+            return self._known[key], others
         tokens = dict(zip(event.experts, event.tokens, strict=True))
         away = Place.HOST if self._has_device else Place.DISK
         here = Place.DEVICE if self._has_device else Place.HOST
-        items = [Item(e, tokens[e], here) for e in event.experts if e not in missing]
-        items += [Item(e, tokens[e], away, -place) for place, e in enumerate(misses)]
+        places = {expert: place for place, expert in enumerate(others)}
+        # The values of those that are there decide nothing but who of them is computed by the CPU.
+        worth = self._promotion.rate if self._promotion is not None and coming else lambda _: 0.0
+        items = [Item(e, tokens[e], here, worth(e)) for e in event.experts if e not in places]
+        items += [Item(e, tokens[e], away, -place) for e, place in places.items()]
         costs = self._costs[event.layer]
         schedule: Schedule = self._scheduler.plan(items, costs)
-        room = None if self._has_device else self._capacity[event.layer] - n_hits
+        if stays := tuple(item for item in schedule.cpu if item.expert in coming):
+            rest = tuple(item for item in schedule.cpu if item.expert not in coming)
+            schedule = schedule._replace(device=stays + schedule.device, cpu=rest)
+        room = None if self._has_device else self._capacity[event.layer] - n_here
         timing = makespan(schedule, costs, room)
-        places = {expert: place for place, expert in enumerate(misses)}
         moved = schedule.fetch if self._has_device else schedule.read
         run = _Run(
             tuple(places[item.expert] for item in moved),
@@ -308,9 +324,9 @@ class _Replay:
             costs.device_s([item.tokens for item in schedule.device]) if schedule.device else 0.0,
             len(schedule.device),
         )
-        if is_single:
+        if is_usual:
             self._known[key] = run
-        return run, misses
+        return run, others
 
     def _admit(self, expert: ExpertId, policy: Policy, residents: set[ExpertId]) -> None:
         if len(residents) >= self._capacity[expert.layer]:
