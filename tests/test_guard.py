@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from moert.errors import ConfigError
 from moert.policies import make_policy
 from moert.schedule import Costs, Curve, Guard, Item, Place, Schedule, make_scheduler, makespan
-from moert.schedule._guard import ALLOWANCE, PATIENCE, WORSE
+from moert.schedule._guard import ALLOWANCE, BETWEEN_CHANGES, PATIENCE, WORSE
 from moert.types import ExpertId
 
 LAYERS, EXPERTS, PICKS, SLOTS = 4, 32, 4, 8
@@ -242,6 +242,52 @@ def test_a_change_by_a_quarter_makes_others_worth_a_trial(now: float, is_noticed
     guard = Guard(("a", "b"))
     drive({"a": 1.0, "b": 1.2}, 10_000, guard)
     assert ("b" in drive({"a": now, "b": 1.2}, 300, guard)) == is_noticed
+
+
+def begins(done: list[str], way: str) -> list[int]:
+    """At which of these steps one of that way follows one of another."""
+    return [step for step in range(1, len(done)) if done[step] == way != done[step - 1]]
+
+
+@pytest.mark.parametrize(("predicted", "at"), [(1.9, 8), (2.0, 8), (2.1, int(1.1 / ALLOWANCE) + 1)])
+def test_a_way_expected_to_take_twice_as_long_at_most_is_tried_before_it_has_been_paid_for(
+    predicted: float, at: int
+) -> None:
+    done = drive({"a": 1.0, "b": 1.05}, 400, Guard(("a", "b"), {"a": 1.0, "b": predicted}))
+    assert begins(done, "b")[0] == at
+
+
+@pytest.mark.parametrize(("other", "first", "later"), [(1.9, 8, 8), (2.0, 8, 8), (2.1, 2, 1)])
+def test_a_trial_of_what_takes_more_than_twice_as_long_ends_at_once(other: float, first: int, later: int) -> None:
+    """The first step of all may be slow for being the first."""
+    done = drive({"a": 1.0, "b": other}, 3000)
+    lengths = [end - begin for begin, end in zip(begins(done, "b"), begins(done, "a"), strict=True)]
+    assert len(lengths) > 1
+    assert lengths == [first] + [later] * (len(lengths) - 1)
+
+
+def test_a_way_that_was_in_use_is_tried_soon_again_however_seldom_it_was_before() -> None:
+    guard = Guard(("a", "b"))
+    drive({"a": 1.0, "b": 1.2}, 10_000, guard)
+    drive({"a": 1.0, "b": 0.9}, 5_000, guard)
+    assert guard.way == "b"
+    done = drive({"a": 1.0, "b": 1.2}, 1_000, guard)
+    assert guard.switches == 2
+    left = begins(done, "a")[1] + 8
+    # Each trial takes eight steps, and the rest after it is twice as long as the one before.
+    trials = [step for step in begins(done, "b") if step > left - 8]
+    assert trials == [left + 64, left + 64 + 136, left + 64 + 136 + 264]
+
+
+def test_two_changes_within_1024_steps_count_as_one() -> None:
+    guard = Guard(("a", "b"))
+    drive({"a": 1.0, "b": 1.2}, 10_000, guard)
+    done = drive({"a": 0.7, "b": 1.2}, 600, guard) + drive({"a": 1.0, "b": 1.2}, 600, guard)
+    first, *_, last = begins(done, "b")[:5]
+    assert first < PATIENCE
+    assert last == first + BETWEEN_CHANGES == first + 1024
+    # Between them rests are twice as long each time.
+    assert begins(done, "b")[:4] == [first, first + 136, first + 136 + 264, first + 136 + 264 + 520]
 
 
 def test_what_changes_all_the_time_is_no_reason_to_try_all_the_time() -> None:
