@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from families import SUPPORTED_FAMILIES, build, inputs_for, save
+from families import build, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
 import moert
 from moert.config import Budget
@@ -111,50 +110,12 @@ def test_files_of_machines(tmp_path: Path) -> None:
         load_machine("nobody")
 
 
-_KINDS = (
-    "olmoe",
-    "mixtral",
-    "qwen3_moe",
-    "gpt_oss",
-    "deepseek_v2",
-    "deepseek_v3",
-    "qwen3_next",
-    "granitemoehybrid",
-    "jamba",
-    "llama4_text",
-    "gemma4_text",
-    "glm4_moe",
-)
-
-
-@pytest.mark.parametrize("family", [family for family in _KINDS if family in SUPPORTED_FAMILIES])
-def test_the_kv_cache_is_what_the_model_really_keeps(family: str, tmp_path: Path) -> None:
-    model = build(family)
-    inputs = {**inputs_for(family, model), "use_cache": True}
-    cache: Any = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(**inputs, past_key_values=cache)
-    batch, tokens = inputs["input_ids"].shape
-    kept = sum(v.nbytes for layer in cache.layers for v in vars(layer).values() if isinstance(v, torch.Tensor))
-    save(model, tmp_path)
-    needs = read_needs(tmp_path)
-    assert needs.cache is not None, needs.cache_problem
-    # In a sliding layer transformers keeps a token less than its window.
-    slack = batch * sum(layer.bytes_per_token for layer in needs.cache if layer.window)
-    assert kept <= needs.cache_bytes(tokens, batch) <= kept + slack
-
-
 def test_where_the_kv_cache_cannot_be_known_it_is_said(tmp_path: Path) -> None:
     save(build("minimax"), tmp_path)  # its attention has a cache of its own
     needs = read_needs(tmp_path)
     assert needs.cache is None
     assert "cache of its own" in needs.cache_problem
     assert needs.cache_bytes(1000, 4) == 0
-
-
-def test_a_window_bounds_what_is_kept() -> None:
-    layer = CacheLayer(10, window=100, fixed_bytes=7)
-    assert [layer.nbytes(n) for n in (1, 100, 5000)] == [17, 1007, 1007]
 
 
 def test_the_needs_of_a_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,12 @@ CONTEXT = 4096
 """Tokens that memory is planned for where nobody says how many, or what the model takes if that is less."""
 
 _PROBE_TOKENS = 8
+_LONGER_BY = 256
+"""Tokens between two texts whose caches are compared; a multiple of those that models make one entry of."""
+
+_PER_TOKEN = ("keys", "values")
+_FIXED = ("conv_states", "recurrent_states")
+"""Of linear attention and state-space models, whose code may take long for each token of a text."""
 
 
 def cache_bytes(model: PreTrainedModel, context: int | None, experts: Sequence[str] = ()) -> int:
@@ -72,8 +78,9 @@ def cache_layers(model: PreTrainedModel, experts: Sequence[nn.Module] = ()) -> t
     """What each layer keeps of a sequence, as the model itself says when it runs: a few tokens, on the meta device.
 
     Nothing is computed and nothing allocated. Every kind of attention is served that fills transformers' cache: grouped
-    queries, latent attention (of which transformers keeps the decompressed keys and values), sliding windows, layers
-    that share another's cache, and states of fixed size.
+    queries, latent attention (compressed or not, as transformers keeps it), sliding windows, layers that share a
+    cache, states of fixed size, and whatever else grows evenly with the text, such as the keys of an indexer
+    or an entry for every few tokens.
 
     Args:
         model: on the meta device, with its experts offloaded; their forward is put back as it was, and the rest of the
@@ -81,31 +88,47 @@ def cache_layers(model: PreTrainedModel, experts: Sequence[nn.Module] = ()) -> t
         experts: its experts modules, where they are not offloaded.
     """
     experts = experts or [module for module in model.modules() if isinstance(module, OffloadedExperts)]
-    cache: Any = DynamicCache(config=model.config)
-    ids = torch.zeros((1, _PROBE_TOKENS), dtype=torch.long, device="meta")
     try:
         for module in experts:
             module.forward = _nothing
-        with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+        short = _kept(model, _PROBE_TOKENS)
+        names = {name.partition(".")[0] for _, tensors in short for name in tensors}
+        is_known = names.issubset((*_PER_TOKEN, *_FIXED))
+        long = short if is_known else _kept(model, _PROBE_TOKENS + _LONGER_BY)
     finally:
         for module in experts:
             del module.forward
-    return tuple(_layer(layer) for layer in cache.layers)
+    return tuple(_layer(window, some, many) for (window, some), (_, many) in zip(short, long, strict=True))
 
 
 def _nothing(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return torch.empty_like(hidden_states)
 
 
-def _layer(layer: Any) -> CacheLayer:
-    per_token = fixed = 0
-    for name, value in vars(layer).items():
-        if not isinstance(value, torch.Tensor):
-            continue
-        if name in ("keys", "values"):
-            per_token += value.nbytes // _PROBE_TOKENS if value.numel() else 0
-        else:
-            fixed += value.nbytes
-    window = getattr(layer, "sliding_window", None)
-    return CacheLayer(per_token, window if isinstance(window, int) else None, fixed)
+def _kept(model: PreTrainedModel, tokens: int) -> list[tuple[int | None, dict[str, torch.Tensor]]]:
+    """Each layer's window and the tensors that it keeps of a text of so many tokens."""
+    cache: Any = DynamicCache(config=model.config)
+    ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    windows = (getattr(layer, "sliding_window", None) for layer in cache.layers)
+    found = (dict(_tensors(vars(layer))) for layer in cache.layers)
+    return [(n if isinstance(n, int) else None, tensors) for n, tensors in zip(windows, found, strict=True)]
+
+
+def _tensors(items: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """What is there of tensors of one dimension or more, dictionaries of them included."""
+    for name, value in items.items():
+        if isinstance(value, torch.Tensor) and value.numel() and value.ndim:
+            yield f"{path}{name}", value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value, f"{path}{name}.")
+
+
+def _layer(window: int | None, short: Mapping[str, torch.Tensor], long: Mapping[str, torch.Tensor]) -> CacheLayer:
+    in_window = sum(short[name].nbytes // short[name].shape[-2] for name in _PER_TOKEN if name in short)
+    others, later = (
+        sum(tensor.nbytes for name, tensor in kept.items() if name not in _PER_TOKEN) for kept in (short, long)
+    )
+    each = max(0, -(-(later - others) // _LONGER_BY))
+    return CacheLayer(in_window, window, max(0, others - each * _PROBE_TOKENS), each)

@@ -17,10 +17,13 @@ class CacheLayer:
     """Tokens that are kept at most; None: all."""
     fixed_bytes: int = 0
     """Whatever the length: the state of linear attention."""
+    unbounded_bytes_per_token: int = 0
+    """Of all tokens, whatever the window: what an indexer keeps, or entries that stand for many tokens."""
 
     def nbytes(self, context: int) -> int:
         """For a sequence of so many tokens."""
-        return self.fixed_bytes + self.bytes_per_token * min(context, self.window or context)
+        kept = self.bytes_per_token * min(context, self.window or context)
+        return self.fixed_bytes + kept + self.unbounded_bytes_per_token * context
 
 
 @dataclass(frozen=True)
