@@ -35,12 +35,29 @@ class Budget:
 
 def format_bytes(nbytes: float) -> str:
     """`nbytes` for people, in binary units: `3.1 GiB`."""
+    size, unit = _scaled(nbytes)
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def format_at_least(nbytes: int) -> str:
+    """The same for a size that is to be given as a budget: rounded up, so that what it is needed for fits."""
+    size, unit = _scaled(nbytes)
+    return f"{nbytes} B" if unit == "B" else f"{math.ceil(10 * size) / 10:.1f} {unit}"
+
+
+def format_at_most(nbytes: int) -> str:
+    """The same for the largest budget that fits: rounded down."""
+    size, unit = _scaled(nbytes)
+    return f"{nbytes} B" if unit == "B" else f"{math.floor(10 * size) / 10:.1f} {unit}"
+
+
+def _scaled(nbytes: float) -> tuple[float, str]:
     size = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+            return size, unit
         size /= 1024
-    return f"{size:.1f} TiB"
+    return size, "TiB"
 
 
 def parse_budget(value: int | float | str, option: str) -> Budget:

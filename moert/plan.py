@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moert.config import Budget, format_bytes
+from moert.config import Budget, format_at_least, format_bytes
 from moert.errors import CapacityError
 
 
@@ -56,7 +56,7 @@ def plan_slots(needs: Sequence[LayerNeed], budget: Budget, option: str = "host_m
             raise CapacityError(
                 f"{option}={budget.share:.4%} keeps {int(budget.share * need.num_experts + 1e-9)} of "
                 f"{need.num_experts} experts in {need.name}, but one token needs {need.top_k}; "
-                f'give at least "{_percent(need)}" or {format_bytes(least)}'
+                f'give at least "{_least_percent(needs)}" or {format_at_least(least)}'
             )
         return slots
     assert budget.nbytes is not None
@@ -64,7 +64,7 @@ def plan_slots(needs: Sequence[LayerNeed], budget: Budget, option: str = "host_m
         picks = sorted({need.top_k for need in needs})
         experts = " to ".join(map(str, dict.fromkeys((picks[0], picks[-1]))))
         raise CapacityError(
-            f"{option} is {format_bytes(budget.nbytes)} ({budget.nbytes} bytes), but {format_bytes(least)} "
+            f"{option} is {format_bytes(budget.nbytes)} ({budget.nbytes} bytes), but {format_at_least(least)} "
             f"({least} bytes) are needed for one token's {experts} experts in each of {len(needs)} layers; "
             f"raise {option}"
         )
@@ -114,5 +114,6 @@ def shrink_slots(needs: Sequence[LayerNeed], slots: Sequence[int], nbytes: int) 
     return left
 
 
-def _percent(need: LayerNeed) -> str:
-    return f"{-(-100 * need.top_k // need.num_experts)}%"
+def _least_percent(needs: Sequence[LayerNeed]) -> str:
+    """The smallest whole share that works in every layer."""
+    return f"{max(-(-100 * need.top_k // need.num_experts) for need in needs)}%"

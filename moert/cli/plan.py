@@ -19,7 +19,7 @@ from moert.cli.output import bar, facts, percent, print_json, rate, stdout
 from moert.cli.plan_ahead import at_most, check_asked, in_words, notes_of, simulated
 from moert.cli.routing import read_routing
 from moert.cli.timing import WIDE
-from moert.config import Budget, format_bytes, parse_budget
+from moert.config import Budget, format_at_least, format_bytes, parse_budget
 from moert.errors import CapacityError, ConfigError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def plan(
         from moert.cli.calibration import note_of
 
         document["machine_note"] = note_of(where)
-    document["command"] = _command(model, document)
+    document["command"] = _command(model, needs, document)
     if json:
         print_json(document)
     else:
@@ -270,13 +270,24 @@ def _one_more(
     return decode_speed(needs, larger, grown.placement, **how, hits=hits).tokens_per_s - now.tokens_per_s
 
 
-def _command(model: str, document: dict[str, Any]) -> str:
-    words = ["moert", "run", model, "PROMPT", "--host-memory", f"{document['host']['expert_bytes'] >> 20}MiB"]
-    if document["host"]["expert_bytes"] >= document["experts_bytes"]:
-        words[-1] = "100%"
-    if document["device"] is not None:
-        words += ["--device-memory", f"{document['device']['expert_bytes'] >> 20}MiB"]
+def _command(model: str, needs: ModelNeeds, document: dict[str, Any]) -> str:
+    words = ["moert", "run", model, "PROMPT"]
+    for tier in ("host", "device"):
+        if document[tier] is not None:
+            words += [f"--{tier}-memory", _size(document[tier]["expert_bytes"], needs, document[f"{tier}_slots"])]
     return shlex.join(words)
+
+
+def _size(nbytes: int, needs: ModelNeeds, slots: list[int]) -> str:
+    """A budget that gives just these slots, in MiB if some number of them does."""
+    from moert.plan import plan_slots
+
+    if nbytes >= needs.expert_bytes:
+        return "100%"
+    for mib in (nbytes >> 20, (nbytes >> 20) + 1):
+        if mib << 20 >= needs.least_bytes and plan_slots(needs.layers, Budget(nbytes=mib << 20)) == slots:
+            return f"{mib}MiB"
+    return f"{nbytes}B"
 
 
 def _print(document: dict[str, Any], console: Console) -> None:
@@ -318,7 +329,7 @@ def _print(document: dict[str, Any], console: Console) -> None:
                 ("prefill", f"{_shown(prefill)} of a prompt of {prefill['prompt_tokens']}"),
                 ("held up by", _PARTS[decode["bottleneck"]]),
                 ("1 GiB more", ", ".join(gains) or "brings nothing"),
-                ("smallest", f"{format_bytes(document['smallest_expert_bytes'])} for experts"),
+                ("smallest", f"{format_at_least(document['smallest_expert_bytes'])} for experts"),
                 ("run it", document["command"]),
             ]
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moert.config import Budget, format_bytes
+from moert.config import Budget, format_at_least, format_at_most, format_bytes
 from moert.errors import CapacityError, ConfigError
 from moert.plan import WORKSPACE_BYTES, default_budget, plan_slots
 from moert.planning.forecast import Placement
@@ -98,7 +98,7 @@ def _tier(
     where = "device" if option == "device_memory" else "host"
     if smallest > available:
         raise CapacityError(
-            f"{needs.name} needs at least {format_bytes(smallest)} of {where} memory at {context} tokens of context "
+            f"{needs.name} needs at least {format_at_least(smallest)} of {where} memory at {context} tokens of context "
             f"({format_bytes(dense)} dense weights, {format_bytes(cache)} KV cache, "
             f"{format_bytes(WORKSPACE_BYTES + staging)} workspace, {format_bytes(needs.least_bytes)} for one token's "
             f"experts), and there are {format_bytes(available)}"
@@ -113,8 +113,8 @@ def _tier(
         if fixed + experts > available:
             raise CapacityError(
                 f"{option}={budget} for experts leaves no room for {format_bytes(fixed)} of everything else in "
-                f"{format_bytes(available)}; from {format_bytes(needs.least_bytes)} to "
-                f"{format_bytes(available - fixed)} work"
+                f"{format_bytes(available)}; from {format_at_least(needs.least_bytes)} to "
+                f"{format_at_most(available - fixed)} work"
             )
     experts = total_bytes(needs.layers, plan_slots(needs.layers, Budget(nbytes=experts), option))
     return Memory(available, dense, cache, WORKSPACE_BYTES, staging, experts)

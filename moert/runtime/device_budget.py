@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moert.config import Budget, format_bytes
+from moert.config import Budget, format_at_most, format_bytes
 from moert.device.base import DeviceMemory
 from moert.errors import CapacityError
 from moert.plan import LayerNeed, least_bytes, plan_slots
@@ -82,6 +82,6 @@ def device_slots(needs: Sequence[LayerNeed], asked: Budget | None, memory: Devic
         raise CapacityError(
             f"device_memory={asked} takes {format_bytes(taken)}, and of {format_bytes(memory.total_bytes)} there are "
             f"{format_bytes(memory.free_bytes)} free, of which {format_bytes(besides.nbytes)} are for other things "
-            f"({besides}); end what else uses the device, or give device_memory at most {format_bytes(room)}"
+            f"({besides}); end what else uses the device, or give device_memory at most {format_at_most(room)}"
         )
     return slots
