@@ -298,6 +298,34 @@ def test_a_prompt_is_no_longer_than_the_context() -> None:
     assert lengths == [100, 512, 512]
 
 
+class Measured(Machine):
+    def ends(self) -> tuple[Machine, Machine]:
+        """Twice as fast, and half."""
+        return tuple(replace(machine_of(disk_bytes_per_s=1e9), host_bytes_per_s=rate) for rate in (2e10, 5e9))  # type: ignore[return-value]
+
+
+def test_a_plan_has_the_forecasts_of_its_machine() -> None:
+    machine = Measured(**vars(machine_of(disk_bytes_per_s=1e9)))
+    found = plan_in(64 * MIB, machine, TWO)
+    slots = Placement(tuple(found["host_slots"]))
+
+    def decode(where: Machine, hits: Any) -> float:
+        return decode_speed(TWO, where, slots, context=100, batch=1, hits=hits).tokens_per_s
+
+    assert found["decode"]["tokens_per_s"] == pytest.approx(decode(machine, typical_hits))
+    worst = decode(machine, lambda share: share)
+    assert found["decode_without_locality"]["tokens_per_s"] == pytest.approx(worst)
+    assert worst < 0.9 * found["decode"]["tokens_per_s"]
+    slow, fast = (decode(end, typical_hits) for end in reversed(machine.ends()))
+    assert found["decode"]["range_tokens_per_s"] == pytest.approx([slow, fast])
+    assert slow < found["decode"]["tokens_per_s"] < fast
+    # Reads ahead of time are those of a machine without a device.
+    assert found["reads_ahead"] is not None
+    card = plan_in(64 * MIB, device_of(disk_bytes_per_s=1e9), TWO, device_memory=Budget(nbytes=32 * MIB))
+    assert card["reads_from_disk"]
+    assert card["reads_ahead"] is None
+
+
 def test_bits_of_weights() -> None:
     assert (_weight_bits((), torch.float32), _weight_bits((), torch.bfloat16)) == (32, 16)
     for stored, bits in (("int4,group_size=32", 4), ("mxfp4", 4), ("int8,group_size=64", 8), ("fp8", 8)):
