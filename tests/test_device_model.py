@@ -20,6 +20,7 @@ from moert.errors import CapacityError, ConfigError, MoertError
 from moert.hf import loading, patching
 from moert.hf.device_tiered import TieredExperts
 from moert.hf.model import runtime_of
+from moert.runtime import device_parts
 from moert.runtime.device_tier import DeviceTier
 from moert.schedule import Costs, Curve, scheduler_names
 
@@ -232,11 +233,11 @@ def test_prompts_that_do_not_fit_are_halved_with_one_warning(tiered: Callable[..
     model, tier = tiered(device_memory="25%")
     # Of 24 tokens at once there is room for the outputs of a few.
     tier.device.others_bytes = tier.device.memory.free_bytes - 5000
-    with pytest.warns(RuntimeWarning, match="steps of 24 tokens are computed 12 at a time from here on") as found:
+    with pytest.warns(RuntimeWarning, match="steps of 24 tokens are computed 12 at a time for now") as found:
         tokens, numbers = generate(model)
     assert len(found) == 1
     assert tier.counts.halved >= 2
-    assert tier.hosted.most_tokens is not None and 2 <= tier.hosted.most_tokens <= 6
+    assert tier.hosted.parts.most_tokens is not None and 2 <= tier.hosted.parts.most_tokens <= 6
     assert torch.equal(tokens, wanted[torch.float32][0])
     torch.testing.assert_close(numbers, wanted[torch.float32][1])
 
@@ -284,3 +285,31 @@ def test_a_model_elsewhere_is_told_where_to_go(tiered: Callable[..., Any]) -> No
     experts = model.model.layers[0].mlp.experts
     with pytest.raises(MoertError, match="the experts come to cpu, but were called with hidden states on meta"):
         experts(torch.zeros(1, 64, device="meta"), torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4))
+
+
+def test_halved_prompts_become_whole_again_when_who_took_the_memory_has_left(
+    tiered: Callable[..., Any], wanted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_parts, "SETTLED_STEPS", 5)
+    model, tier = tiered(device_memory="25%")
+    taken = tier.device.memory.free_bytes - 5000
+    parts = tier.hosted.parts
+
+    def prompt() -> int | None:
+        assert torch.equal(generate(model)[0], wanted[torch.float32][0])
+        return parts.most_tokens
+
+    tier.device.others_bytes = taken
+    with pytest.warns(RuntimeWarning, match="at a time for now"):
+        least = prompt()
+    assert least is not None and least <= 6
+    tier.device.others_bytes = 0
+    found = [prompt() for _ in range(2 * 4)]  # of three layers each; single tokens say nothing
+    assert found[-1] is None
+    assert found[0] is not None
+    tier.device.others_bytes = taken
+    halved = tier.counts.halved
+    assert prompt() is not None
+    assert tier.counts.halved > halved
+    tier.device.others_bytes = 0
+    assert [prompt() for _ in range(3)] == [parts.most_tokens] * 3, "it was wrong, and waits longer"

@@ -166,7 +166,7 @@ def test_demands_under_way_leave_room_for_what_is_copied_ahead(monkeypatch: pyte
 @pytest.mark.parametrize("most", [32, 16, 5])
 def test_a_halved_prompt_copies_each_expert_once_where_rows_suffice(most: int) -> None:
     prompts = Prompts(spare_rows=24)
-    prompts.tier.hosted.most_tokens = most
+    prompts.tier.hosted.parts.most_tokens = most
     passed = prompts.run(prompts.prompt(64))
     assert passed.copies == passed.least
     assert ahead(prompts) == 5 * 24  # as of all its tokens at once
@@ -175,7 +175,7 @@ def test_a_halved_prompt_copies_each_expert_once_where_rows_suffice(most: int) -
 @pytest.mark.parametrize("spare_rows", [7, 16])
 def test_a_halved_prompt_begins_with_what_its_last_part_left(spare_rows: int) -> None:
     prompts = Prompts(spare_rows=spare_rows)
-    prompts.tier.hosted.most_tokens = 32
+    prompts.tier.hosted.parts.most_tokens = 32
     passed = prompts.run(prompts.prompt(64))
     assert passed.copies <= 2 * passed.least - prompts.layers * spare_rows
 
@@ -184,7 +184,7 @@ def test_what_an_earlier_part_has_computed_keeps_its_row_until_it_is_computed_ag
     """Where a part is one launch, that comes after all its copies have been started."""
     prompts = Prompts(spare_rows=4, layers=1)
     prompts.kernels[0].is_whole = True
-    prompts.tier.hosted.most_tokens = 1
+    prompts.tier.hosted.parts.most_tokens = 1
     passed = prompts.run([[[8, 9, 10, 11], [8, 12, 13, 14], [10, 11, 13, 14]]])
     assert passed.copies == 7 + 2
 
@@ -207,7 +207,7 @@ def test_the_scheduler_of_a_halved_prompt_is_told_of_all_its_tokens() -> None:
     """Eight picks are worth a copy, and two are not."""
     costs = Costs(Curve.proportional(3e-4), Curve.constant(1e-6), move_s=1e-3)
     one, parts = (Prompts(schedule="fiddler", costs=costs, spare_rows=24, layers=2) for _ in range(2))
-    parts.tier.hosted.most_tokens = 16
+    parts.tier.hosted.parts.most_tokens = 16
     one.run(one.prompt(64))
     parts.run(parts.prompt(64))
     assert parts.tier.counts.fetched >= 0.8 * one.tier.counts.fetched > 0

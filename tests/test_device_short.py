@@ -8,14 +8,15 @@ import re
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import planned_support
 import pytest
+import short_support
 import torch
 import triton_support
-from test_device_group import machines
+from short_support import FULL, Short, leave, nothing
 from test_device_model import PROMPT, generate, make
 from test_faults_interrupt import Interrupter
 from transformers import DynamicCache, StaticCache
@@ -24,78 +25,15 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 import moert
 from moert.config import OffloadConfig
 from moert.device.base import OutOfDeviceMemoryError
-from moert.device.simulated import Machine, SimulatedDevice
+from moert.device.simulated import SimulatedDevice
 from moert.errors import CapacityError
 from moert.hf import patching
 from moert.hf.cache_mark import CacheMark
 from moert.hf.growing_cache import GrowingLayer
 from moert.hf.model import runtime_of
 from moert.hf.spared_forward import SHARES, ModelOutOfMemoryError, SparedForward
-from moert.runtime.device_tier import DeviceTier
-from moert.schedule import Costs, Curve
 
-FULL = "CUDA out of memory. Tried to allocate 20.00 KiB. GPU 0 has a total capacity of 1.00 GiB of which\nmore of it"
-COSTS = Costs(Curve.proportional(2e-4), Curve.constant(1e-5), move_s=3e-4, read_s=1e-3)
-
-
-class Short:
-    """What a part of a model needs of a device, each time: torch's error if that is not free."""
-
-    def __init__(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        device: SimulatedDevice,
-        part: Any,
-        nbytes: int = 0,
-        error: Exception | None = None,
-    ) -> None:
-        self.nbytes, self.device, self.failed = nbytes, device, 0
-        own = part.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output = own(*args, **kwargs)
-            if self.nbytes > self.device.memory.free_bytes:
-                self.failed += 1
-                raise error or torch.OutOfMemoryError(FULL)
-            return output
-
-        monkeypatch.setattr(part, "forward", forward)
-
-
-@pytest.fixture(scope="module")
-def wanted() -> tuple[torch.Tensor, torch.Tensor]:
-    model = moert.patch(make())
-    found = generate(model)
-    moert.close(model)
-    return found
-
-
-@pytest.fixture
-def tiered() -> Iterator[Callable[..., tuple[Any, DeviceTier, SimulatedDevice]]]:
-    models = []
-
-    def build(n: int = 1, **options: Any) -> tuple[Any, Any, Any]:
-        machine = Machine(latency_s=1e-5)
-        devices = machines(n, *(machine,) * n) if n > 1 else [SimulatedDevice(machine, virtual=True)]
-        config = OffloadConfig(debug=True, device_memory="50%", host_memory=options.pop("host_memory", "75%"))
-        settings = {"headroom_bytes": 0, "costs": COSTS, **options}
-        if n > 1:
-            settings["device_map"] = {"": 0, "model.layers.2": 1}
-        model = make()
-        patching.patch(model, config, device=devices if n > 1 else devices[0], **settings)
-        models.append(model)
-        return model, runtime_of(model).device, devices if n > 1 else devices[0]
-
-    yield build
-    for model in models:
-        if "_moert_leave" in vars(model):
-            moert.close(model)
-
-
-def leave(device: SimulatedDevice, nbytes: int) -> None:
-    """Somebody else takes all but so much of what is free."""
-    device.others_bytes += device.memory.free_bytes - nbytes
-
+tiered, wanted = short_support.tiered, short_support.wanted
 
 PARTS = {
     "attention": lambda model: model.model.layers[1].self_attn,
@@ -276,7 +214,7 @@ def test_steps_of_experts_that_torch_has_no_memory_for(
             raise torch.OutOfMemoryError(FULL)
         return empty_like(tensor, **options)
 
-    tier.hosted.most_tokens = 8
+    tier.hosted.parts.most_tokens = 8
     recovered = []
     monkeypatch.setattr(tier, "recover", lambda: recovered.append(1))
     monkeypatch.setattr(torch, "empty_like", failing)
@@ -360,7 +298,7 @@ def test_even_the_smaller_bank_is_taken_by_somebody(
 
     monkeypatch.setattr(device, "allocate", taken)
     with pytest.raises(OutOfDeviceMemoryError, match="cannot be had"):
-        runtime_of(model).give_back(1000, 0.0)
+        runtime_of(model).give_back(1000, 0.0, nothing)
     with pytest.raises(OutOfDeviceMemoryError, match="cannot be had"), torch.inference_mode():
         model(PROMPT)
     monkeypatch.undo()
@@ -376,7 +314,7 @@ def test_an_interrupt_anywhere_while_memory_is_given_back(tiered: Callable[..., 
     line = uninterrupted = 0
     while not uninterrupted:
         line += 31
-        uninterrupted += Interrupter(line).run(lambda: runtime.give_back(20_000, 0.0))
+        uninterrupted += Interrupter(line).run(lambda: runtime.give_back(20_000, 0.0, nothing))
         with torch.inference_mode():
             model(PROMPT[:, :1])
         tier.check_integrity()

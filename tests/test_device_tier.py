@@ -89,9 +89,9 @@ class TierMachine(RuleBasedStateMachine):
     @rule(layer=st.integers(0, LAYERS - 1), tokens=st.integers(E, 2 * E), most=st.integers(1, 2 * E))
     def prompt(self, layer: int, tokens: int, most: int) -> None:
         """Every expert is needed, of so many tokens also the next layer's, and perhaps of a few tokens at a time."""
-        self.tier.tier.hosted.most_tokens = most
+        self.tier.tier.hosted.parts.most_tokens = most
         self.step(layer, [[token % E, (token + 1) % E] for token in range(tokens)])
-        self.tier.tier.hosted.most_tokens = None
+        self.tier.tier.hosted.parts.most_tokens = None
 
     @rule(experts=st.lists(EXPERTS, max_size=4))
     def prefetch(self, experts: list[tuple[int, int]]) -> None:

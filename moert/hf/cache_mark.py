@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from moert.hf.growing_cache import GrowingLayer
@@ -44,3 +45,11 @@ def _length(layer: Any) -> int | None:
 
 def _length_now(layer: Any) -> int | None:
     return 0 if type(layer) is StaticLayer else _length(layer)
+
+
+def cache_bytes(cache: Any, device: torch.device) -> int:
+    """What the layers of a cache of transformers hold on a device; 0 for anything else."""
+    layers = cache.layers if isinstance(cache, Cache) else ()
+    tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    storages = {one.untyped_storage()._cdata: one.untyped_storage() for one in tensors if one.device == device}
+    return sum(storage.nbytes() for storage in storages.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import traceback
@@ -17,10 +18,10 @@ from transformers.cache_utils import Cache
 
 from moert.config import format_bytes
 from moert.device.base import OutOfDeviceMemoryError, is_out_of_memory
-from moert.hf.cache_mark import CacheMark
+from moert.hf.cache_mark import CacheMark, cache_bytes
 from moert.hf.own_forward import OwnForward, is_recorded
 from moert.hf.placement import is_dispatched
-from moert.runtime.device_shrinking import Given
+from moert.runtime.device_sizing import Given, Regained
 from moert.runtime.runtime import OffloadRuntime
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -40,6 +41,8 @@ class SparedForward(OwnForward):
     Where a pass runs out of the device's memory, slots are given back. It is run again if nobody can tell: no hooks
     within the model, arguments that it does not change, and a cache that can be put back to what it held. Else it is a
     `ModelOutOfMemoryError` with the numbers, and the next call has more memory.
+
+    Where there is room again some passes later, experts get slots back: see `moert.runtime.device_regrowth`.
     """
 
     def __init__(self, module: nn.Module, runtime: OffloadRuntime) -> None:
@@ -64,6 +67,8 @@ class SparedForward(OwnForward):
             kwargs |= dict(zip(self._names, args, strict=False))
             args = ()
         cache = kwargs.get("past_key_values")
+        if self._runtime.is_short:
+            self._grow(cache)
         mark = CacheMark(cache) if isinstance(cache, Cache) else None
         for share in (*SHARES, None):
             try:
@@ -72,7 +77,7 @@ class SparedForward(OwnForward):
                 if not is_out_of_memory(error):
                     raise
                 _let_go(error)
-                given = self._give_back(error, share)
+                given = self._give_back(error, share, cache)
                 if given is None:
                     raise
                 is_repeated = given.nbytes > 0 and self._can_repeat(module, args, kwargs, mark)
@@ -92,11 +97,20 @@ class SparedForward(OwnForward):
     def drop_graphs(self) -> None:
         """Let go of what `capture` of the runtime gave."""
 
-    def _give_back(self, error: Exception, share: float | None) -> Given | None:
+    def _give_back(self, error: Exception, share: float | None, cache: Any) -> Given | None:
         self.drop_graphs()
+        held = functools.partial(cache_bytes, cache)
         if share is None:
-            return self._runtime.give_back(0, 0.0)
-        return self._runtime.give_back(2 * _tried(error), share)
+            return self._runtime.give_back(0, 0.0, held)
+        return self._runtime.give_back(2 * _tried(error), share, held)
+
+    def _grow(self, cache: Any) -> None:
+        held = functools.partial(cache_bytes, cache)
+        if self._runtime.can_grow(held):
+            self.drop_graphs()
+            for regained in self._runtime.grow(held):
+                self._is_said = False
+                _say_regained(regained)
 
     def _can_repeat(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mark: CacheMark | None
@@ -115,11 +129,22 @@ class SparedForward(OwnForward):
             self._is_said = True
             warnings.warn(
                 f"{_first_line(error)}: experts on {given.device} have given {format_bytes(given.nbytes)} back, and "
-                f"the pass is run again. {format_bytes(given.held.slot_bytes)} are left to them, which is slower; end "
-                "what else uses the device, or give device_memory no more than that from the start",
+                f"the pass is run again. {format_bytes(given.held.slot_bytes)} are left to them, which is slower, "
+                "until there is room again; end what else uses the device, or give device_memory no more than that "
+                "from the start",
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def _say_regained(regained: Regained) -> None:
+    missing = f"; {format_bytes(regained.missing_bytes)} are still missing" if regained.missing_bytes else ""
+    warnings.warn(
+        f"there is room on {regained.device} again: experts have got {format_bytes(regained.nbytes)} back there, and "
+        f"have {format_bytes(regained.held.slot_bytes)}{missing}",
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
 
 def _describe(error: Exception, given: Given) -> str:

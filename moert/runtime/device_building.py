@@ -152,6 +152,7 @@ def build_tier(
         planned=planned,
         debug=runtime.config.debug,
         pinned=None if lead is None else SharedPinning(device, lead),
+        reserve_bytes=besides.nbytes - besides.dense_bytes - besides.staging_bytes,
     )
 
 

@@ -15,7 +15,7 @@ from moert.runtime.compute import Compute
 from moert.runtime.device_building import Share, build_tier
 from moert.runtime.device_counts import DeviceCounts
 from moert.runtime.device_pinning import PinnedHost
-from moert.runtime.device_shrinking import Given
+from moert.runtime.device_sizing import GroupSizing
 from moert.runtime.device_tier import DeviceTier
 from moert.runtime.device_ways import PURE, Ways
 from moert.runtime.runtime import OffloadRuntime
@@ -33,6 +33,9 @@ class DeviceGroup:
         """`tiers` have every layer once; the first one page-locks, and the others follow it."""
         self.tiers = tuple(tiers)
         self._of = {layer: tier for tier in tiers for layer in tier.caches.layers}
+
+        self.sizing = GroupSizing([tier.sizing for tier in tiers])
+        """How much memory the banks of each have."""
 
     @property
     def pinned(self) -> PinnedHost:
@@ -102,12 +105,6 @@ class DeviceGroup:
         """See `DeviceTier.begin_sequence`."""
         for tier in self.tiers:
             tier.begin_sequence()
-
-    def give_back(self, nbytes: int, share: float) -> Given:
-        """See `DeviceTier.give_back`: the device that has the least memory left, of those that can."""
-        tiers = sorted(self.tiers, key=lambda tier: tier.device.memory.free_bytes)
-        each = (tier.give_back(nbytes, share) for tier in tiers)
-        return next((given for given in each if given.nbytes), None) or tiers[0].give_back(0, 0.0)
 
     def count(self) -> None:
         """See `DeviceTier.count`."""

@@ -18,6 +18,7 @@ from moert.runtime.device_costs import Contention, measure_costs
 from moert.runtime.device_counts import DeviceCounts
 from moert.runtime.device_drift import CpuDrift
 from moert.runtime.device_kernels import Inputs, LayerKernels
+from moert.runtime.device_parts import Parts
 from moert.runtime.device_pinning import PinnedHost
 from moert.runtime.device_plan import plan_step
 from moert.runtime.device_promoting import Promoting
@@ -69,8 +70,7 @@ class HostedSteps:
         self.promoting = Promoting(caches, self._transfers) if promoting else None
         self.ahead: LayerAhead | None = LayerAhead(caches, self._transfers)
         """None: while a prompt's layer is computed nothing is copied for the next one."""
-        self.most_tokens: int | None = None
-        """Of one step, since the device had no memory for more."""
+        self.parts = Parts()
         self._scratch = Scratch()
         self._warned: set[str] = set()
 
@@ -85,7 +85,7 @@ class HostedSteps:
         begin = 0
         try:
             while begin < len(hidden):
-                most = min(self.most_tokens or len(hidden), len(hidden) - begin)
+                most = min(self.parts.most_tokens or len(hidden), len(hidden) - begin)
                 # Where an expert is to be computed is a question of all the tokens that are left.
                 left = [tensor[begin:] for tensor in (hidden, ids, weights, host_ids, host_weights)]
                 try:
@@ -107,16 +107,17 @@ class HostedSteps:
         except torch.OutOfMemoryError as error:
             self._transfers.demote(self._caches[layer].spec.index)
             raise OutOfDeviceMemoryError(f"{self._device.name} is out of memory: {error}") from error
+        self.parts.went(len(hidden))
         self._end_step(layer, whole.misses)
         return out if whole_out is None else whole_out
 
     def _halve(self, tokens: int, error: OutOfDeviceMemoryError) -> None:
-        self.most_tokens = tokens // 2
+        fewer = self.parts.halve(tokens)
         self.counts.halved += 1
         self.ways.forget()
         self._warn(
             "halved",
-            f"{error}: steps of {tokens} tokens are computed {self.most_tokens} at a time from here on, or fewer, "
+            f"{error}: steps of {tokens} tokens are computed {fewer} at a time for now, or fewer, "
             "which is slower; give device_memory less, or end what else uses the device",
         )
 

@@ -1,4 +1,4 @@
-"""Memory of a device that experts have, given back while the model lives: fewer slots, in smaller banks."""
+"""Memory of a device that experts have while the model lives: fewer slots in smaller banks, and more again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from moert.device.base import Device, DeviceMemory
+from moert.device.base import Device
 from moert.plan import LayerNeed, least_bytes, shrink_slots
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_kernels import LayerKernels
@@ -24,18 +24,9 @@ class Held(NamedTuple):
     """Rows that experts come up in."""
 
 
-class Given(NamedTuple):
-    """What a device's experts have given back, and how it is afterwards."""
-
-    device: str
-    nbytes: int
-    """0: there was nothing to give, and nothing has changed."""
-    held: Held
-    memory: DeviceMemory
-
-
 class Shrinking:
-    """Gives a device's layers fewer slots. A bank is one piece of memory, so a smaller one takes its place.
+    """Gives a device's layers other numbers of slots, never more than they had at first. A bank is one piece of memory,
+    so another one takes its place.
 
     What was in it is lost. In between, banks have no rows, and `is_due` says so, also after an interrupt.
     """
@@ -47,6 +38,7 @@ class Shrinking:
             for of in self._caches
         ]
         self._beside = {bank: bank.n_rows - self._slots_in(bank) for bank in dict.fromkeys(self._banks)}
+        self._most = self.slots
         self.is_due = False
         """Whether `make` has to come before anything else."""
 
@@ -55,16 +47,17 @@ class Shrinking:
         return [of.bank for of in self._caches]
 
     @property
-    def _slots(self) -> list[int]:
+    def slots(self) -> list[int]:
+        """Of each layer, now or as there are to be."""
         return [of.residency.capacity for of in self._caches]
 
     def _slots_in(self, bank: RowBank) -> int:
-        return sum(n for n, of in zip(self._slots, self._caches, strict=True) if of.bank is bank)
+        return sum(n for n, of in zip(self.slots, self._caches, strict=True) if of.bank is bank)
 
     @property
     def held(self) -> Held:
         """What they have now, or are to have."""
-        slots = self._slots
+        slots = self.slots
         nbytes = sum(n * of.bank.row_bytes for n, of in zip(slots, self._caches, strict=True))
         return Held(sum(slots), nbytes, sum(bank.row_bytes * n for bank, n in self._beside.items()))
 
@@ -72,8 +65,18 @@ class Shrinking:
         """Slots of each layer with so many bytes less, as far as each keeps those of a token; None: all do only that
         already."""
         wanted = max(self.held.slot_bytes - nbytes, least_bytes(self._needs))
-        slots = shrink_slots(self._needs, self._slots, wanted)
-        return None if slots == self._slots else slots
+        slots = shrink_slots(self._needs, self.slots, wanted)
+        return None if slots == self.slots else slots
+
+    @property
+    def missing_bytes(self) -> int:
+        """Of the slots that there were at first, those that there are not now."""
+        gone = [most - now for most, now in zip(self._most, self.slots, strict=True)]
+        return sum(n * of.bank.row_bytes for n, of in zip(gone, self._caches, strict=True))
+
+    def more(self, nbytes: int) -> list[int]:
+        """Slots of each layer with at most so many bytes more, and at most as many as at first."""
+        return shrink_slots(self._needs, self._most, self.held.slot_bytes + nbytes)
 
     def begin(self, slots: Sequence[int]) -> list[list[ExpertId]]:
         """Have so many slots from now on, and give all memory back. Nothing is on its way up, and nobody runs.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from moert.device.base import Device, Graph, OutOfDeviceMemoryError
+from moert.device.base import Device, Graph
 from moert.runtime.compute import Compute
 from moert.runtime.device_by_layer import ByLayer, caches_by_layer
 from moert.runtime.device_cache import DeviceCache
@@ -17,7 +17,7 @@ from moert.runtime.device_mailbox import Mailbox
 from moert.runtime.device_pinning import PinnedHost
 from moert.runtime.device_planned_way import PlannedWay
 from moert.runtime.device_rows import RowBank
-from moert.runtime.device_shrinking import Given, Shrinking
+from moert.runtime.device_sizing import DeviceSizing
 from moert.runtime.device_step import Machinery
 from moert.runtime.device_table import SlotTable
 from moert.runtime.device_transfers import DeviceTransfers
@@ -50,6 +50,7 @@ class DeviceTier:
         planned: bool | str | None = None,
         debug: bool = False,
         pinned: PinnedHost | None = None,
+        reserve_bytes: int = 0,
     ) -> None:
         """
         Args:
@@ -60,6 +61,7 @@ class DeviceTier:
             costs: of one expert, for the scheduler; None: they are measured in the first step.
             max_bytes: of copies under way at once; None: the default.
             pinned: what is page-locked, where another device sees to that; None: this one.
+            reserve_bytes: what the rest of a model needs of the device, but for dense weights.
         """
         self.device, self.caches, self._table = device, caches_by_layer(caches), table
         self._kernels = ByLayer({cache.spec.index: one for cache, one in zip(caches, kernels, strict=True)})
@@ -80,7 +82,6 @@ class DeviceTier:
             costs=costs,
         )
         """Steps that the host decides about."""
-        self._shrinking = Shrinking(device, self.caches, self._kernels)
         self.pinned.lock(ranges())
         self.planned = PlannedWay(self.ways, self.counts)
         """Passes that the device runs by itself."""
@@ -93,6 +94,18 @@ class DeviceTier:
                 self.transfers,
                 None if planned is True else lambda: self.hosted.known_costs,
             )
+
+        self.sizing = DeviceSizing(
+            device,
+            tuple(self.caches),
+            tuple(self._kernels),
+            self.transfers,
+            settle=self.settle,
+            before=self._banks_go,
+            after=self._banks_came,
+            reserve_bytes=reserve_bytes,
+        )
+        """How much memory its banks have."""
 
     def go_by(self, ways: Ways) -> None:
         """Run passes as `ways` says from here on; between passes."""
@@ -132,8 +145,8 @@ class DeviceTier:
             CorruptFileError, TransferError: an expert could not be read; the step may be tried again.
             DeviceLostError: the device is gone; so is the model.
         """
-        if self._shrinking.is_due:
-            self._make_slots()
+        if self.sizing.is_due:
+            self.sizing.make()
         if layer == 0:
             self.planned.pass_begins(len(hidden))
         if scores is not None:
@@ -196,59 +209,15 @@ class DeviceTier:
         """
         self.settle()
         for cache in self.caches:
-            self._load(cache, [ExpertId(cache.spec.index, expert) for expert in range(cache.spec.num_experts)])
+            self.sizing.load(cache, [ExpertId(cache.spec.index, expert) for expert in range(cache.spec.num_experts)])
         self.transfers.drain()
 
-    def _load(self, cache: DeviceCache, experts: Iterable[ExpertId]) -> None:
-        """Make those of `experts` resident that are in host memory, the first ones first, while there are slots."""
-        room = cache.residency.capacity - len(cache.residency)
-        wanted = [expert for expert in experts if cache.host.has(expert) and expert not in cache.residency]
-        for expert in wanted[:room]:
-            self.transfers.wait_for_room(cache.expert_bytes)
-            coming = self.transfers.demand(expert)
-            assert coming is not None, "no row for a free slot"
-            self.transfers.take(expert)
-            cache.replace(expert, coming.row, None)
-
-    def give_back(self, nbytes: int, share: float) -> Given:
-        """Have fewer slots, by so many bytes, by this share of their bytes if that is more, or as far as each layer
-        keeps those of a token. Whom the policies would lose last is brought up again from host memory. Between steps,
-        when all that `capture` gave is gone; blocks.
-
-        Raises:
-            OutOfDeviceMemoryError: somebody else has taken even what the few slots need; steps try to get it again.
-            DeviceLostError: the device is gone.
-        """
-        before = self._shrinking.held.slot_bytes
-        slots = self._shrinking.fewer(max(nbytes, int(share * before)))
-        if slots is not None:
-            self._change_slots(slots)
-        held = self._shrinking.held
-        return Given(self.device.name, before - held.slot_bytes, held, self.device.memory)
-
-    def _change_slots(self, slots: Sequence[int]) -> None:
-        self.settle()
-        self.transfers.drain()
-        for coming in self.transfers.all_coming():
-            self.transfers.discard(coming.expert)
-        kept = self._shrinking.begin(slots)
-        try:
-            self._make_slots()
-        except OutOfDeviceMemoryError:
-            fewest = self._shrinking.fewer(self._shrinking.held.slot_bytes)
-            if fewest is None:
-                raise
-            self._shrinking.begin(fewest)
-            self._make_slots()
-        for cache, experts in zip(self.caches, kept, strict=True):
-            self._load(cache, experts)
-        self.transfers.drain()
-
-    def _make_slots(self) -> None:
+    def _banks_go(self) -> None:
         self.planned.unmake()
         self._table.forget()
         self.hosted.recover()
-        self._shrinking.make()
+
+    def _banks_came(self) -> None:
         self.planned.remake()
         self.ways.forget()
 
@@ -300,8 +269,8 @@ class DeviceTier:
         self.pinned.forget_buffers()
         self.ways.forget()
         self.hosted.recover()
-        if self._shrinking.is_due:
-            self._make_slots()
+        if self.sizing.is_due:
+            self.sizing.make()
 
     def _reset_banks(self) -> None:
         for bank in self.banks:

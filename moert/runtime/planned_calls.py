@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from moert.device.base import CaptureError, Graph
 from moert.runtime.pace import Pace
 from moert.runtime.sizing import HostSizing
-from moert.runtime.uses import UsedAlone, whole
-
-if TYPE_CHECKING:
-    from moert.runtime.device_group import DeviceGroup
-    from moert.runtime.device_tier import DeviceTier
+from moert.runtime.sizing_calls import SizingCalls
+from moert.runtime.uses import whole
 
 
-class PlannedCalls(UsedAlone):
+class PlannedCalls(SizingCalls):
     """The part of a runtime that looks at no layer: whole passes of one token, with or without a graph."""
 
     _sizing: HostSizing | None
     _pace: Pace
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.device: DeviceTier | DeviceGroup | None = None
-        """The tier above host memory; `attach` sets it."""
 
     @property
     def is_planning(self) -> bool:

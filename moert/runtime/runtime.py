@@ -38,7 +38,6 @@ from moert.types import ExpertId
 
 if TYPE_CHECKING:
     from moert.runtime.device_group import DeviceGroup
-    from moert.runtime.device_shrinking import Given
     from moert.runtime.device_tier import DeviceTier
 
 R = TypeVar("R")
@@ -234,16 +233,6 @@ class OffloadRuntime(PlannedCalls):
         cache = self.layers[layer]
         assert isinstance(cache, DeviceLayer)
         return cache.run(own_forward, hidden, top_k_index, top_k_weights)
-
-    @whole
-    def give_back(self, nbytes: int, share: float) -> Given | None:
-        """Have fewer experts on a device, whose memory is short; see `DeviceTier.give_back`. None: there is no device.
-
-        Raises:
-            MoertError: the runtime has been closed.
-            OutOfDeviceMemoryError, DeviceLostError: see there.
-        """
-        return None if self.device is None else self.device.give_back(nbytes, share)
 
     def enters(self, layer: int) -> bool:
         """Whether `enter` would do anything; asked at any time, without waiting for another use."""
