@@ -20,7 +20,7 @@ from short_support import FULL, Short, leave, nothing
 from test_device_model import PROMPT, generate, make
 from test_faults_interrupt import Interrupter
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 import moert
 from moert.config import OffloadConfig
@@ -83,7 +83,7 @@ def test_a_librarys_handle_needs_memory_too_and_other_errors_stay_what_they_are(
     tier.check_integrity()
 
 
-@pytest.mark.parametrize("kind", ["new", "static", "begun"])
+@pytest.mark.parametrize("kind", ["new", "static", "begun", "static begun"])
 def test_the_cache_is_what_a_pass_without_the_error_leaves(
     kind: str, tiered: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,12 +92,12 @@ def test_the_cache_is_what_a_pass_without_the_error_leaves(
     short = Short(monkeypatch, device, model.model.layers[1].self_attn)
     found = []
     for is_short in (False, True):
-        cache = StaticCache(config=model.config, max_cache_len=16) if kind == "static" else DynamicCache()
+        cache = StaticCache(config=model.config, max_cache_len=16) if "static" in kind else DynamicCache()
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             outputs = []
-            for ids in (PROMPT, *([PROMPT[:, :1], PROMPT[:, 3:5]] if kind != "static" else [])):
-                if is_short and (kind != "begun" or outputs):
+            for ids in (PROMPT, PROMPT[:, :1], PROMPT[:, 3:5]):
+                if is_short and ("begun" not in kind or outputs):
                     leave(device, 1000)
                     short.nbytes = 1001
                 outputs.append(model(ids, past_key_values=cache).logits)
@@ -118,7 +118,7 @@ def test_keys_without_their_values_are_forgotten(kind: type[DynamicLayer]) -> No
     for one in (cache, right):
         one.update(numbers, -numbers, 0)
         one.layers[0].__class__ = kind
-    mark = CacheMark(cache)
+    mark = CacheMark(cache, 3)
     layer = cache.layers[0]
     layer.keys = torch.cat([layer.keys, numbers], dim=-2)
     cache.update(numbers, numbers, 1)
@@ -138,15 +138,12 @@ def _hooked(model: Any) -> dict[str, Any]:
     return {"past_key_values": DynamicCache()}
 
 
-def _begun(model: Any) -> dict[str, Any]:
-    cache = StaticCache(config=model.config, max_cache_len=40)
-    model(PROMPT, past_key_values=cache)
-    return {"past_key_values": cache}
+def _unknown(model: Any) -> dict[str, Any]:
+    class Layer(DynamicLayer):
+        pass
 
-
-def _window(model: Any) -> dict[str, Any]:
     cache = DynamicCache()
-    cache.layers.append(DynamicSlidingWindowLayer(sliding_window=8))
+    cache.layers.append(Layer())
     return {"past_key_values": cache}
 
 
@@ -154,7 +151,7 @@ def _listening(model: Any) -> dict[str, Any]:
     return {"unknown": object()}
 
 
-@pytest.mark.parametrize("prepare", [_hooked, _begun, _window, _listening])
+@pytest.mark.parametrize("prepare", [_hooked, _unknown, _listening])
 def test_where_a_pass_cannot_be_run_again_the_next_call_has_more_memory(
     prepare: Callable[[Any], dict[str, Any]], tiered: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +179,32 @@ def test_where_a_pass_cannot_be_run_again_the_next_call_has_more_memory(
         assert short.failed == 1
         assert device.memory.free_bytes >= 200_000
         assert model(PROMPT).logits.isfinite().all()
+    tier.check_integrity()
+
+
+def test_there_is_no_memory_even_to_note_what_a_cache_holds(
+    tiered: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass has not begun, so it is no matter who looks at it."""
+    model, tier, _ = tiered()
+    stack, left = torch.stack, [1]
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    lengths = []
+    model.model.layers[0].mlp.gate.register_forward_hook(lambda *_: lengths.append(cache.get_seq_length()))
+
+    def failing(tensors: Any, *args: Any, **options: Any) -> torch.Tensor:
+        if left[0] and len(tensors) == 3:
+            left[0] -= 1
+            raise torch.OutOfMemoryError(FULL)
+        return stack(tensors, *args, **options)
+
+    with torch.inference_mode():
+        model(PROMPT, past_key_values=cache)
+        monkeypatch.setattr(torch, "stack", failing)
+        with pytest.warns(RuntimeWarning, match="the pass is run again"):
+            model(PROMPT[:, :1], past_key_values=cache)
+    assert left == [0]
+    assert len(lengths) == 2
     tier.check_integrity()
 
 

@@ -69,9 +69,11 @@ class SparedForward(OwnForward):
         cache = kwargs.get("past_key_values")
         if self._runtime.is_short:
             self._grow(cache)
-        mark = CacheMark(cache) if isinstance(cache, Cache) else None
+        mark: CacheMark | None = None
         for share in (*SHARES, None):
             try:
+                if mark is None and isinstance(cache, Cache):
+                    mark = CacheMark(cache, _n_tokens(kwargs))
                 return self._run(module, args, kwargs)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -115,6 +117,8 @@ class SparedForward(OwnForward):
     def _can_repeat(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mark: CacheMark | None
     ) -> bool:
+        if mark is None and isinstance(kwargs.get("past_key_values"), Cache):
+            return True  # it has not begun
         given = {name: value for name, value in kwargs.items() if name != "past_key_values" or mark is None}
         return (
             not args
@@ -160,6 +164,11 @@ def _describe(error: Exception, given: Given) -> str:
         f"that others come up in; {helps}, end what else uses the device, or give device_memory at most "
         f"{format_bytes(held.slot_bytes)}"
     )
+
+
+def _n_tokens(kwargs: dict[str, Any]) -> int | None:
+    given = (kwargs.get(name) for name in ("input_ids", "inputs_embeds"))
+    return next((int(one.shape[1]) for one in given if isinstance(one, torch.Tensor) and one.dim() > 1), None)
 
 
 def _tried(error: Exception) -> int:
