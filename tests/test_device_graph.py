@@ -16,6 +16,7 @@ import moert
 from moert.device.base import CaptureError, DeviceLostError, OutOfDeviceMemoryError
 from moert.device.cuda import CudaDevice
 from moert.device.simulated import SimulatedDevice
+from moert.hf import graphed_forward
 from moert.hf.graphed_forward import WARM_UPS, GraphedForward
 from moert.runtime.device_tier import DeviceTier
 from moert.runtime.device_ways import PLANNED
@@ -282,6 +283,30 @@ def test_a_model_that_waits_for_the_device_is_run_as_it_is(
     with pytest.warns(RuntimeWarning, match="cannot be made a graph, so each of its kernels is started one by one"):
         same(static(model), wanted)
     assert forward.captured == 0 and "waits for the device" in str(forward.why_not)
+
+
+@interpreted
+def test_a_graph_that_there_was_no_memory_for_is_tried_again(
+    wanted: Any, graphed: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphed_forward, "RETRY_PASSES", 3)
+    model, tier, forward = graphed()
+    attempts = []
+
+    def full(_: Any) -> Any:
+        attempts.append(1)
+        raise OutOfDeviceMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tier.device, "capture", full)
+        with pytest.warns(RuntimeWarning, match="cannot be made a graph.* no memory") as found:
+            same(static(model), wanted)
+        assert len(found) == 1
+        assert len(attempts) == 2
+        assert forward.replayed == 0
+    same(static(model), wanted)
+    assert forward.captured == 1
+    assert forward.replayed
 
 
 @interpreted

@@ -273,6 +273,10 @@ def test_no_memory_for_what_it_plans_with_is_no_end(
         model, tier = planned()
         assert "CUDA out of memory" in str(tier.planned.why_not)
         same(generate(model), wanted)
+    runtime_of(model).give_back(1, 0.0, lambda _: 0)
+    assert tier.planned.why_not is None, "there is some now"
+    same(generate(model), wanted)
+    assert tier.counts.ways[PLANNED] == 5 * LAYERS
     # Or when it is to begin, until there is some.
     model, tier = planned()
     with monkeypatch.context() as patch:

@@ -21,6 +21,9 @@ from moert.runtime.runtime import OffloadRuntime
 WARM_UPS = 2
 """Passes before a graph is captured: what is compiled or allocated at first must have been."""
 
+RETRY_PASSES = 256
+"""Passes after which another attempt is made where there was no memory for a graph."""
+
 
 class GraphedForward(SparedForward):
     """Stands in the `forward` of a whole model whose experts come to one device as they are needed.
@@ -51,6 +54,7 @@ class GraphedForward(SparedForward):
         """Passes so far that were replays."""
         self.why_not: str | None = None
         """Why the latest attempt to capture one failed."""
+        self._is_short_said = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the class's forward."""
@@ -114,7 +118,14 @@ class GraphedForward(SparedForward):
             self._pass = _Pass(self._runtime, module, self._forward, arguments)
             self.captured += 1
         except (CaptureError, OutOfDeviceMemoryError) as error:
-            self.why_not = str(error)
+            if isinstance(error, OutOfDeviceMemoryError):
+                # Who has the memory may leave.
+                self._seen = WARM_UPS - RETRY_PASSES
+                if self._is_short_said:
+                    return
+                self._is_short_said = True
+            else:
+                self.why_not = str(error)
             warnings.warn(
                 f"a token's pass cannot be made a graph, so each of its kernels is started one by one: {error}",
                 RuntimeWarning,

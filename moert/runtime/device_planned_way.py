@@ -64,8 +64,13 @@ class PlannedWay:
         """
         try:
             self._passes = PlannedPasses(device, caches, kernels, pinned, transfers)
-        except (ValueError, ImportError, OutOfDeviceMemoryError, torch.OutOfMemoryError) as error:
+        except (ValueError, ImportError) as error:
             self._never(str(error))
+            return
+        except (OutOfDeviceMemoryError, torch.OutOfMemoryError) as error:
+            # Where banks become smaller, or larger again, there may be some.
+            self.why_not = str(error)
+            self._again = lambda: self.make(device, caches, kernels, pinned, transfers, costs)
             return
         self._device, self._costs, self.why_not = device, costs, None
         if costs is not None:
