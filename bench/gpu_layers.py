@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class Setting:
 
     device: torch.device
     shape: Shape
+    trace: Path | None = None
+    """Of recorded routing; None: it is synthetic."""
 
     @property
     def is_dry(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from gpu_layers import Setting
 from gpu_random_model import Draw, in_huge_pages, layer_bytes, make_model, most_layers, shape_of
 from gpu_results import Rows
-from gpu_routing import synthetic
+from gpu_routing import recorded, synthetic
 from gpu_tiered import ENOUGH_S, FETCHED, HYBRID, WAYS, Lengths, Tiered, decode, make_device, prefill, prompt_of
 
 from moert.config import OffloadConfig
@@ -48,7 +48,8 @@ class Plan:
     def routing(self) -> Trace:
         shape, lengths = shape_of(self.setting), Lengths.of(self.setting)
         long = max(lengths.long_prompt, lengths.prompt + lengths.tokens)
-        return synthetic(self.layers, shape.experts, shape.top_k, (long, lengths.prompt + lengths.warm_up))
+        what = (self.layers, shape.experts, shape.top_k, (long, lengths.prompt + lengths.warm_up))
+        return synthetic(*what) if self.setting.trace is None else recorded(self.setting.trace, *what)
 
     @property
     def disk_layers(self) -> int:
@@ -92,12 +93,14 @@ def probe(plan: Plan, rows: Rows, until: float) -> None:
         "device memory": int(DEVICE_SHARE * device.memory.total_bytes / values.nbytes),
     }
     layers = max(FEWEST_LAYERS, min(bounds.values()))
-    facts = {"bounds": bounds, "routing": "synthetic, as skewed and repetitive as published traces are"}
-    rows.add("layers of the model, synthetic routing", float(layers), "layers", goal="offload", key="layers", **facts)
+    kind = "synthetic" if setting.trace is None else "recorded"
+    source = "as skewed and repetitive as published traces are" if setting.trace is None else setting.trace.name
+    facts = {"bounds": bounds, "routing": f"{kind}, {source}"}
+    rows.add(f"layers of the model, {kind} routing", float(layers), "layers", goal="offload", key="layers", **facts)
 
 
 def config(setting: Setting, share: int, **options: Any) -> OffloadConfig:
-    """Of one kind for all parts: no predictor knows a synthetic trace, and a dry run's CPU is to stand for a GPU."""
+    """Of one kind for all parts: no predictor knows the trace, and a dry run's CPU is to stand for a GPU."""
     return OffloadConfig(
         device_memory=f"{share}%", predictor="none", dense_kernels=False, context=_context(setting), **options
     )

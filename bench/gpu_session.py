@@ -165,7 +165,9 @@ STEPS = (
 )
 
 
-def run_step(step: Step, peaks: dict[str, float], until: float, dry: bool, tiny: bool) -> dict[str, Any]:
+def run_step(
+    step: Step, peaks: dict[str, float], until: float, dry: bool, tiny: bool, trace: Path | None = None
+) -> dict[str, Any]:
     """The step in a process of its own: how it ended, after how long, and its rows."""
     until = min(until, time.monotonic() + step.limit_s)
     with tempfile.TemporaryDirectory() as scratch:
@@ -177,7 +179,7 @@ def run_step(step: Step, peaks: dict[str, float], until: float, dry: bool, tiny:
             if dry:
                 torch.set_num_threads(1)
             device = torch.device("cpu" if dry else "cuda", None if dry else 0)
-            setting = Setting(device, TINY if dry or tiny else QWEN3_30B)
+            setting = Setting(device, TINY if dry or tiny else QWEN3_30B, trace)
             torch.manual_seed(0)
             step.work(Context(setting, rows, peaks, until, Path(scratch)))
 
@@ -193,12 +195,15 @@ def main() -> int:
     parser.add_argument("--only", default="", help=f"of {', '.join(step.name for step in STEPS)}, separated by commas")
     parser.add_argument("--seconds", type=float, default=560, help="for all steps together")
     parser.add_argument("--dry-run", "--interpret", action="store_true", help="tiny, on the CPU, under the interpreter")
+    parser.add_argument("--trace", type=Path, help="recorded routing for the offload step (docs/trace-format.md)")
     parser.add_argument("--tiny", action="store_true", help="tiny, on the GPU")
     options = parser.parse_args()
     wanted = options.only.split(",") if options.only else [step.name for step in STEPS]
     unknown = sorted(set(wanted) - {step.name for step in STEPS})
     if unknown:
         parser.error(f"there is no step {unknown[0]!r}; there are {', '.join(step.name for step in STEPS)}")
+    if options.trace is not None and not options.trace.is_file():
+        parser.error(f"there is no file {options.trace}")
     deadline = time.monotonic() + options.seconds
     # Before triton is imported: its kernels are made for the interpreter or for a GPU then.
     if options.dry_run:
@@ -229,7 +234,7 @@ def main() -> int:
             steps[step.name] = {"ended": "not begun: no time was left", "seconds": 0.0, "rows": []}
         else:
             peaks = {row["key"]: row["value"] for row in steps.get("peaks", {}).get("rows", []) if row.get("key")}
-            steps[step.name] = run_step(step, peaks, deadline, options.dry_run, options.tiny)
+            steps[step.name] = run_step(step, peaks, deadline, options.dry_run, options.tiny, options.trace)
         print(f"== {step.name} ended {steps[step.name]['ended']}, {steps[step.name]['seconds']:.0f} s", flush=True)
         part = stem.with_suffix(".json.part")
         part.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that is to be found out on a machine with a GPU, in one call of less than ten minutes, without a network:
 #
-#   bench/gpu_session.sh [FOLDER] [--only STEPS] [--seconds S]     FOLDER: bench/results unless given
+#   bench/gpu_session.sh [FOLDER] [--only STEPS] [--seconds S] [--trace FILE]     FOLDER: bench/results unless given
 #   bench/gpu_session.sh FOLDER --dry-run                          no GPU: tiny sizes under the interpreter
 #
 # Installs this checkout, with PYTHON (python3 unless set) and the packages that are there, then runs gpu_session.py:
@@ -20,7 +20,7 @@ while (($#)); do
     case $1 in
         --dry-run | --interpret) dry=1 arguments+=(--dry-run) ;;
         --seconds) seconds=$2; shift ;;
-        --only) arguments+=("$1" "$2"); shift ;;
+        --only | --trace) arguments+=("$1" "$2"); shift ;;
         -*) arguments+=("$1") ;;
         *) folder=$1 ;;
     esac

@@ -10,10 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
+from moert.errors import ConfigError
 from moert.simulate import simulate
+from moert.trace import Trace, TraceWriter
 from moert.trace.reuse import Reuse
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -269,3 +273,41 @@ def test_synthetic_routing_is_like_what_was_published() -> None:
     assert simulate(trace, "lru", "25%").hit_rate == pytest.approx(0.64, abs=0.03)
     assert simulate(trace, "belady", "25%").hit_rate == pytest.approx(0.79, abs=0.04)
     assert (synthetic(3, 128, 8, (50,))[0].experts == synthetic(3, 128, 8, (50,))[0].experts).all()
+
+
+def saved(folder: Path, trace: Trace) -> Path:
+    with TraceWriter(folder / "trace.safetensors", trace.header) as writer:
+        for sequence in trace:
+            writer.add(sequence)
+    return folder / "trace.safetensors"
+
+
+def test_recorded_routing_is_followed_as_it_is(tmp_path: Path) -> None:
+    from gpu_routing import recorded, synthetic
+
+    of = synthetic(3, 16, 4, (30, 20))
+    path = saved(tmp_path, of)
+    all_of_it = np.concatenate([sequence.experts for sequence in of])
+    found = recorded(path, 2, 16, 4, (35, 8))
+    assert [len(sequence.steps) for sequence in found] == [35, 8]
+    assert found.header.model == "trace.safetensors"
+    assert (np.concatenate([sequence.experts for sequence in found]) == all_of_it[:43, :2]).all()
+    longer = np.concatenate([sequence.experts for sequence in recorded(path, 5, 16, 4, (60,))])
+    assert longer.shape == (60, 5, 4)
+    assert (longer[50:, :3] == all_of_it[:10]).all()
+    assert (longer[:50, 3:] == all_of_it[:, :2]).all()
+    with pytest.raises(ConfigError, match=r"layers that choose 4 of 16 experts; 8 of 128 are needed"):
+        recorded(path, 2, 128, 8, (35, 8))
+
+
+def test_the_offload_step_is_told_of_it(tmp_path: Path) -> None:
+    import gpu_offload_parts
+    from gpu_layers import TINY, Setting
+    from gpu_random_model import shape_of
+    from gpu_routing import synthetic
+
+    shape = shape_of(Setting(torch.device("cpu"), TINY))
+    of = synthetic(2, shape.experts, shape.top_k, (500,), seed=5)
+    setting = Setting(torch.device("cpu"), TINY, saved(tmp_path, of))
+    routing = gpu_offload_parts.Plan(setting, tmp_path, 2).routing
+    assert (routing[0].experts == of[0].experts[: len(routing[0].steps)]).all()

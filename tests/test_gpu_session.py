@@ -75,6 +75,8 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert child.returncode == 2 and "there is no CUDA device" in child.stderr
     child = session(tmp_path, "--dry-run", "--only", "decode,nothing")
     assert child.returncode == 2 and "no step 'nothing'" in child.stdout
+    child = session(tmp_path, "--dry-run", "--only", "offload", "--trace", "no/such")
+    assert child.returncode == 2 and "there is no file no/such" in child.stdout
 
 
 def test_a_step_that_fails_or_hangs_ends_alone(bench_on_path: None, capfd: pytest.CaptureFixture[str]) -> None:
