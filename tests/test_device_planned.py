@@ -25,11 +25,13 @@ from planned_support import (
 )
 
 import moert
+from moert.device.base import SlotAccessError
 from moert.device.simulated import Machine, SimulatedDevice
 from moert.hf import loading
 from moert.hf.model import runtime_of
 from moert.runtime.device_tier import DeviceTier
 from moert.runtime.device_ways import PLANNED, Ways
+from moert.tiers.read import Priority
 from moert.types import ExpertId
 
 pytestmark = pytest.mark.skipif(not triton_support.INTERPRETED, reason="triton's interpreter is off: there is a GPU")
@@ -337,3 +339,39 @@ def test_guarded_it_is_a_way_among_others(wanted: Any, planned: Callable[..., An
     assert tier.planned.why_not is None
     same(generate(model, n=6), wanted)
     assert PLANNED not in tier.counts.ways, "a trial begins only when the way in use is known"
+
+
+def test_a_row_that_is_still_being_filled_is_not_to_be_read(
+    planned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The simulated device looks at what passes read that it runs by itself, too."""
+    model, tier = planned(machine=Machine(latency_s=1e-3))
+    generate(model)
+    tier.settle()
+    cache = tier.caches[0]
+    (gone, *_) = cache.residency.residents
+    cache.drop([gone])
+    with monkeypatch.context() as patch:
+        patch.setattr(tier.transfers, "drain", lambda: None)
+        tier.sizing.load(cache, [gone])
+        assert tier.transfers.copying
+        with pytest.raises(SlotAccessError, match="is read while its slot is being filled"), torch.inference_mode():
+            model(torch.tensor([[7]]))
+
+
+def test_a_graph_reads_no_row_that_somebody_else_fills(planned: Callable[..., Any]) -> None:
+    model, tier = planned(machine=Machine(latency_s=1e-3))
+    generate(model, n=6, cache_implementation="static")
+    captured = vars(model)["forward"]._pass
+    for state in captured._states:
+        state["cumulative_length"].zero_()
+    graph = captured._graph
+    assert tier.is_planning
+    (lease, *_) = tier.planned._passes.leases([1])
+    cache = tier.caches[1]
+    graph.replay()
+    expert = next(ExpertId(1, expert) for expert in range(EXPERTS) if cache.host.has(ExpertId(1, expert)))
+    cache.bank.fill(lease.slot, tier.device.copies[Priority.PREFETCH], cache.host.weights(expert))
+    tier.device.sleep(5e-4)
+    with pytest.raises(SlotAccessError, match=f"slot={lease.slot}.* is read"):
+        graph.replay()

@@ -129,8 +129,11 @@ class Graph(ABC):
     """
 
     @abstractmethod
-    def replay(self) -> None:
+    def replay(self, reads: Sequence[Lease] = ()) -> None:
         """Do it in the compute stream; returns at once. Python code of the captured work does not run.
+
+        Args:
+            reads: as of `Stream.launch`.
 
         Raises:
             DeviceLostError: the device is gone.

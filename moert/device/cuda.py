@@ -262,7 +262,7 @@ class _CudaGraph(Graph):
     def __init__(self, device: CudaDevice, graph: Any) -> None:
         self._device, self._graph = device, graph
 
-    def replay(self) -> None:
+    def replay(self, reads: Sequence[Lease] = ()) -> None:
         _ = self._device.compute  # what another stream has been told comes before
         with self._device.calls():
             self._graph.replay()

@@ -354,8 +354,8 @@ class _SimulatedGraph(Graph):
     def __init__(self, device: SimulatedDevice, tape: Tape) -> None:
         self._device, self._tape = device, tape
 
-    def replay(self) -> None:
-        self._device.compute.launch(self._tape.replay)
+    def replay(self, reads: Sequence[Lease] = ()) -> None:
+        self._device.compute.launch(self._tape.replay, reads)
         self._device.compute.record().wait()
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moert.device.base import Device, OutOfDeviceMemoryError
+from moert.device.base import Device, Lease, OutOfDeviceMemoryError
 from moert.runtime.device_addresses import HostAddresses
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_kernels import LayerKernels
@@ -46,6 +46,8 @@ class _Layer:
     """The rows of its slots, in their order, while it is run here."""
     owners: tuple[int, ...] = ()
     """Who was in them at the beginning, -1 for nobody."""
+    leases: tuple[Lease, ...] = ()
+    """Of those that somebody was in."""
     counted: tuple[int, int] = (0, 0)
     """Uses and misses that the statistics have."""
 
@@ -134,6 +136,7 @@ class PlannedPasses:
             assert len(rows) == len(free), "a slot without a row"
             of.taken = (*residents.values(), *rows)
             of.owners = (*(expert.expert for expert in residents), *(-1 for _ in rows))
+            of.leases = tuple(map(cache.bank.lease, residents.values()))
             of.counted = (len(residents), 0)
             for there, contents in of.planner.begin(cache.residency.policy, residents, rows):
                 here(there).copy_(contents)
@@ -159,7 +162,19 @@ class PlannedPasses:
         over."""
         return bool(self._device.to_host(self._void).item())
 
-    def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def leases(self, layers: Sequence[int]) -> list[Lease]:
+        """What steps of these layers may read: for devices that check it."""
+        return [lease for layer in dict.fromkeys(layers) for lease in self._layers[layer].leases]
+
+    def run(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        is_captured: bool = False,
+    ) -> torch.Tensor:
         """One step of a layer: [1, D], [1, K] and [1, K] on the device -> [1, D]. Waits for nothing.
 
         The caller adds it to `asked` when it is done.
@@ -195,7 +210,7 @@ class PlannedPasses:
             found.append(of.kernels.add_identity(hidden, ids, weights, out))
 
         compute = self._device.compute
-        compute.launch(work)
+        compute.launch(work, () if is_captured else of.leases)
         self._device.join(compute.record())
         return found[0]
 

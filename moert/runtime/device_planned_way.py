@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from moert.device.base import Device, Graph, OutOfDeviceMemoryError
+from moert.device.base import Device, Graph, Lease, OutOfDeviceMemoryError
 from moert.errors import KernelUnavailableError
 from moert.runtime.device_cache import DeviceCache
 from moert.runtime.device_counts import DeviceCounts
@@ -232,7 +232,7 @@ class PlannedWay:
         assert self._passes is not None
         if self._is_captured:
             self._captured[layer] += 1
-            return self._passes.run(layer, hidden, ids, weights)
+            return self._passes.run(layer, hidden, ids, weights, is_captured=True)
         try:
             out = self._passes.run(layer, hidden, ids, weights)
         except OutOfDeviceMemoryError as error:
@@ -272,10 +272,12 @@ class PlannedWay:
             self._is_captured = False
         return _CountedGraph(self, graph, list(self._captured.elements()))
 
-    def replays(self, layers: Sequence[int]) -> None:
-        """A graph of steps of these layers does a pass that `begin` was told of."""
+    def replays(self, layers: Sequence[int]) -> list[Lease]:
+        """A graph of steps of these layers does a pass that `begin` was told of; returns what it reads."""
+        assert self._passes is not None
         self._has_begun = False
         self._count_steps(layers)
+        return self._passes.leases(layers)
 
     def count(self) -> None:
         """Bring all counts up to date; blocks until the device has got there."""
@@ -324,6 +326,5 @@ class _CountedGraph(Graph):
     def __init__(self, way: PlannedWay, graph: Graph, layers: Sequence[int]) -> None:
         self._way, self._graph, self._layers = way, graph, layers
 
-    def replay(self) -> None:
-        self._way.replays(self._layers)
-        self._graph.replay()
+    def replay(self, reads: Sequence[Lease] = ()) -> None:
+        self._graph.replay([*reads, *self._way.replays(self._layers)])
