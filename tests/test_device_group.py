@@ -99,6 +99,27 @@ def test_nothing_is_unlocked_while_any_device_copies() -> None:
     moert.close(model)
 
 
+def test_closing_unlocks_nothing_while_another_device_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = machines(2, *(Machine(latency_s=0.2),) * 2)
+    model, group = grouped(devices, preload=False, host_memory="100%")
+    for tier in group.tiers:
+        tier.prefetch([ExpertId(tier.caches.layers[0], 39)])
+    events = [copy.event.done for tier in group.tiers for copy in tier.transfers._copies]
+    assert len(events) == 2
+    early = []
+    for device in devices:
+        unlock = device.page_unlock
+
+        def unlocks(address: int, unlock: Any = unlock) -> None:
+            early.append(any(done.at_s is None for done in events))
+            unlock(address)
+
+        monkeypatch.setattr(device, "page_unlock", unlocks)
+    moert.close(model)
+    assert early
+    assert not any(early)
+
+
 def test_a_self_check_of_both() -> None:
     devices = machines()
     with pytest.warns(RuntimeWarning, match="self-check on this one passed"):

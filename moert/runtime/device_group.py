@@ -145,11 +145,9 @@ class DeviceGroup:
     def close(self) -> None:
         """Wait for what is under way on any device, and give everything back. Idempotent."""
         with contextlib.ExitStack() as stack:
+            # The first one is closed last, as it unlocks what the others copy from.
             for tier in self.tiers:
                 stack.callback(tier.close)
-            # Nothing is unlocked while any device copies.
-            for tier in self.tiers:
-                stack.callback(tier.device.close)
 
 
 def attach_devices(
