@@ -192,6 +192,25 @@ def test_work_is_started_in_the_stream_it_is_for() -> None:
     assert device.memory == (10 * GIB, 16 * GIB)
 
 
+def test_memory_of_the_callers_is_kept_until_it_has_been_copied() -> None:
+    class Tensor:
+        def __init__(self, *, is_cuda: bool) -> None:
+            self.is_cuda, self.used_by = is_cuda, []
+
+        def record_stream(self, stream: Any) -> None:
+            self.used_by.append(stream)
+
+        def copy_(self, source: Any, non_blocking: bool) -> None:
+            assert non_blocking
+
+    cuda = FakeCuda()
+    back: Any = fake_device(cuda).back
+    for is_cuda in (True, False):
+        source: Any = Tensor(is_cuda=is_cuda)
+        back.copy(Tensor(is_cuda=False), source)
+        assert source.used_by == ([back._stream] if is_cuda else [])
+
+
 def test_a_caller_in_another_stream_comes_after_the_one_before() -> None:
     """Each thread of torch has a current stream of its own, and the tables on the device are there once."""
     cuda = FakeCuda()
