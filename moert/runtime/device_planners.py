@@ -79,7 +79,9 @@ class EmaPlanner(Planner):
 
         self._ids = [ExpertId(slots.layer, expert) for expert in range(slots.experts)]
         rows, log = slots.rows, slots.log
-        self._state = new_ema(slots.experts, rows.numel(), rows.device, **policy.parameters, rows=rows, log=log)
+        # A bonus is for those of the latest event, of whom none leaves while it is planned.
+        known = {name: policy.parameters[name] for name in ("alpha", "burst")}
+        self._state = new_ema(slots.experts, rows.numel(), rows.device, **known, rows=rows, log=log)
         self.residents = self._state.residents
 
     @property
