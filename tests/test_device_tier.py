@@ -288,6 +288,25 @@ def test_what_the_cpu_keeps_computing_is_promoted_over_the_idle_link() -> None:
     assert sum(tier.tier.transfers.counts.copies.values()) == 6
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_has_been_promoted_is_held_in_host_memory_no_longer(parts: int) -> None:
+    tier = NumberTier(promoting=False, host_slots=3, device_slots=1)
+    tier.step(0, [[0, 1]])
+    host = tier.caches[0].host
+    expert = next(
+        ExpertId(0, e) for e in (0, 1) if ExpertId(0, e) not in tier.caches[0].residency and host.has(ExpertId(0, e))
+    )
+    for _ in range(parts):
+        assert tier.tier.transfers.promote(expert, parts) is not None
+        assert host.held() == {expert}
+        tier.device.sleep(1.0)
+        tier.tier.transfers.collect()
+    assert host.held() == frozenset()
+    tier.tier.transfers.discard(expert)
+    assert host.held() == frozenset()
+    tier.check()
+
+
 @pytest.mark.xdist_group("compiled")
 def test_a_step_takes_over_what_is_being_promoted_as_in_simulated_time() -> None:
     """Of three parts one is there when the second step begins: it waits for the others, and the third one hits."""

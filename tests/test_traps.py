@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,20 @@ def test_save_pretrained_never_writes_a_checkpoint_without_experts(
     else:
         assert torch.equal(logits(plain_load(family, tmp_path), specimen.inputs), specimen.logits)
     assert_same_logits(model, specimen)
+
+
+def test_a_state_dict_without_experts_says_so(zoo: Zoo) -> None:
+    model = zoo.fresh("olmoe", torch.float32)
+    names = list(model.state_dict())
+    with (
+        moert.patch(model, host_memory="50%"),
+        pytest.warns(RuntimeWarning, match=r"state_dict\(\) of this model is without its experts.*unpatch"),
+    ):
+        found = list(model.state_dict())
+    assert found == [name for name in names if ".experts." not in name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(model.state_dict()) == names
 
 
 def test_unpatched_model_saves_what_it_was(zoo: Zoo, tmp_path: Path) -> None:

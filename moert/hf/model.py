@@ -1,7 +1,8 @@
-"""What a model gains while its experts are offloaded: a `with` statement, and a `save_pretrained` that refuses."""
+"""What a model gains while its experts are offloaded: a `with` statement, and a word where it would be saved."""
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from functools import cache
 from types import TracebackType
@@ -33,6 +34,16 @@ class Offloaded:
             "save_pretrained would write this model without its experts, which are offloaded; call "
             "moert.unpatch(model) first, or copy the checkpoint it was loaded from"
         )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class's, without the experts, with one warning that says so."""
+        warnings.warn(
+            "state_dict() of this model is without its experts, which are offloaded; moert.unpatch(model) first if "
+            "they are to be in it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """What `generate` calls with a static cache on a GPU: the model as it is. Experts that come and go have no

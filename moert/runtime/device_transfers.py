@@ -172,7 +172,8 @@ class DeviceTransfers:
             if row is None:
                 return None
             coming = self._coming[expert] = Coming(expert, row, Priority.PROMOTION, parts)
-            cache.host.hold(expert)  # until its last part has been started
+            if parts > 1:
+                cache.host.hold(expert)  # until its last part has been started
         if not coming.is_whole:
             self._start_part(coming)
         return coming
@@ -232,7 +233,7 @@ class DeviceTransfers:
         """Nobody will compute with what came up for `expert`: its row is free."""
         coming = self._coming.pop(expert)
         self._layers[expert.layer].bank.give_back(coming.row)
-        if not coming.is_whole:
+        if not coming.is_whole and coming.parts > 1:
             self._layers[expert.layer].host.let_go(expert)
         if not coming.is_computed:
             self.counts.given_up += 1
