@@ -30,7 +30,7 @@ def test_every_file_is_listed_as_it_describes_itself(cli: Cli) -> None:
         assert policy["rule"]
         words = [f"{key}={str(value).lower()}" for key, value in policy["parameters"].items()]
         assert make_policy(",".join([name, *words]), 4, future=()).parameters == policy["parameters"]
-    assert listed["ema"]["parameters"] == {"alpha": 0.03, "burst": 0.68}
+    assert listed["ema"]["parameters"] == {"alpha": 0.03, "burst": 0.68, "bonus": 0.05}
 
 
 def test_the_list_is_for_people(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_parameters_by_name() -> None:
     policy.access([ExpertId(0, 1)])
     assert isinstance(policy, EMA)
     assert policy.score(ExpertId(0, 1)) == 0.25
-    assert policy.fresh(2).parameters == {"alpha": 0.25, "burst": 0.68}
+    assert policy.fresh(2).parameters == {"alpha": 0.25, "burst": 0.68, "bonus": 0.05}
     assert isinstance(make_policy("mrs,top_k=3,alpha=0.5", 4), MRS)
 
 

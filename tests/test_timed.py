@@ -14,6 +14,7 @@ from simulate_support import random_traces, trace_of
 from trace_support import ROOT, real_trace
 
 from moert.errors import CapacityError, ConfigError
+from moert.policies.min_bypass import MinBypass
 from moert.schedule import Costs, Curve, Promotion, scheduler_names
 from moert.simulate import simulate
 from moert.simulate.bound import least_seconds
@@ -260,19 +261,30 @@ def test_what_comes_is_taken_over_the_oldest_first_and_is_no_promotion_any_more(
     assert list(promotion.install(lambda _: None)) == []
 
 
+class WithoutWorth(MinBypass):
+    """Promotions go by averages, which promise more for expert 1."""
+
+    def worth(self, expert: ExpertId) -> None:
+        return None
+
+
 def test_what_the_policy_refuses_begins_anew_as_a_promotion() -> None:
     """Bélády's rule has no place for 1 beside 0; two of its three chunks had moved when an event took it over."""
     costs = Costs(Curve.constant(3), Curve.constant(1), move_s=6)
     trace = trace_of([4], [[[1]], [[1]], [[0]]], top_k=1)
     promotion = Promotion(hysteresis=0.0)
     zero = [ExpertId(0, 0)]
-    found = simulate_time(trace, "min_bypass", 1, costs, layer_s=0.5, residents=zero, promotion=promotion)
+    policy = f"{__name__}:WithoutWorth"
+    found = simulate_time(trace, policy, 1, costs, layer_s=0.5, residents=zero, promotion=promotion)
     # The chunks until 6.5 were for the event; its run ends at 7.5, and the first of three others has moved at 8.5.
     assert (found.event_hits, found.forwarded) == ((0, 0, 1), 1)
     assert found.seconds == 0.5 + 3 + 0.5 + 3.5 + 0.5 + 1
     assert found.promoted == 0
     assert promotion.coming == {ExpertId(0, 1): 2}
     assert found.link_s == 6 + 2 * 2
+    knowing = Promotion(hysteresis=0.0)
+    simulate_time(trace, "min_bypass", 1, costs, layer_s=0.5, residents=zero, promotion=knowing)
+    assert knowing.coming == {}, "0 is needed next and 1 never again"
 
 
 def test_a_chunk_has_moved_when_its_time_is_over_and_counts_only_for_what_it_is_of() -> None:
