@@ -288,6 +288,18 @@ def test_what_the_cpu_keeps_computing_is_promoted_over_the_idle_link() -> None:
     assert sum(tier.tier.transfers.counts.copies.values()) == 6
 
 
+def test_promotions_go_by_what_the_policy_says_an_expert_is_worth(monkeypatch: pytest.MonkeyPatch) -> None:
+    cheap_cpu = Costs(Curve.constant(1e-6), Curve.constant(1e-3), move_s=1.0)
+    tier = NumberTier(costs=cheap_cpu, schedule="exact", device_slots=1, host_slots=E)
+    wanted = ExpertId(0, 2)
+    monkeypatch.setattr(tier.caches[0].residency.policy, "worth", lambda expert: 0.5 * (expert == wanted))
+    for _ in range(30):
+        for expert in (5, 5, 5, 2):
+            tier.step(0, [[expert]])
+            tier.device.sleep(1e-2)
+    assert set(tier.caches[0].residency.residents) == {wanted}, "5 is needed three times as often"
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_what_has_been_promoted_is_held_in_host_memory_no_longer(parts: int) -> None:
     tier = NumberTier(promoting=False, host_slots=3, device_slots=1)
