@@ -96,7 +96,7 @@ def test_cast_on_load_is_the_cast_of_transformers(tiny_olmoe: Path) -> None:
 
 
 def test_stats_add_up(tiny_olmoe: Path) -> None:
-    with moert.load(tiny_olmoe, host_memory="50%") as model:
+    with moert.load(tiny_olmoe, host_memory="50%", predictor="none") as model:
         assert moert.stats(model).hit_rate == 0.0
         logits(model)
         logits(model, IDS[:, :1])
