@@ -235,6 +235,30 @@ class TestProcesses:
         # Twenty reads two at a time take 3 s; those in flight end, the rest is dropped.
         assert 2 <= child.stdout.count("read ") < 20
 
+    def test_a_forked_child_ends_though_another_thread_had_the_lock(self, path: Path) -> None:
+        child = run_child(
+            """
+            held, let_go = threading.Event(), threading.Event()
+            def hold():
+                with reader._reads.threads._lock:
+                    held.set()
+                    let_go.wait()
+            threading.Thread(target=hold, daemon=True).start()
+            held.wait()
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(20)
+                reader.close()
+                sys.exit(0)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            let_go.set()
+            print(code, handles[0].wait())
+            """,
+            path,
+        )
+        assert (child.returncode, child.stderr) == (0, "")
+        assert child.stdout.replace("read ", "").splitlines() == ["0 (0,)"]
+
     def test_a_forked_child_gets_an_error_instead_of_hanging(self, path: Path) -> None:
         child = run_child(
             """

@@ -223,6 +223,8 @@ class ThreadReads:
             self._changed.notify_all()
 
     def close(self) -> None:
+        if os.getpid() != self._pid:
+            return  # whoever had the lock when it forked has it for ever
         self.shut_down()
         # A `finish` may be what closes the reader.
         if threading.current_thread() not in self._threads:
