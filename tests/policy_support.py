@@ -111,3 +111,15 @@ def replay_with_bypass(policy: Policy, capacity: int, trace: Trace) -> list[int]
                 residency.arrive(expert)
         residency.check_integrity()
     return misses
+
+
+def e(expert: int, layer: int = 0) -> ExpertId:
+    """An expert, of the first layer if nothing else is said."""
+    return ExpertId(layer, expert)
+
+
+def victims(policy: Policy, capacity: int, trace: Sequence[Sequence[ExpertId]]) -> list[int]:
+    """Who left, in order."""
+    watched = Watched(policy)
+    replay(watched, capacity, trace)
+    return [expert.expert for expert in watched.evicted]
