@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from moert.machine_code import compiled as machine_code
+from moert.machine_code import compiled as compiled_and_kept
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -15,6 +15,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     (8.6 against 32 million accesses a second for LRU). Where numba does not know the option it counts them.
     """
     try:
-        return machine_code(function, _nrt=False)
+        return compiled_and_kept(function, _nrt=False)
     except (KeyError, TypeError):
-        return machine_code(function)
+        return compiled_and_kept(function)
