@@ -93,6 +93,7 @@ T* disclose(PyObject* capsule, const char* name) {
 extern PyMethodDef memory_methods[];
 extern PyMethodDef matrix_methods[];
 extern PyMethodDef ffn_methods[];
+extern PyMethodDef arriving_methods[];
 extern PyMethodDef norm_methods[];
 extern PyMethodDef gate_look_methods[];
 extern PyMethodDef rotary_methods[];

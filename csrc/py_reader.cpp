@@ -12,9 +12,6 @@ namespace {
 
 constexpr const char* kClockName = "moert.busy_clock";
 
-// How long a thread that waits may be deaf to signals that another one has received.
-constexpr std::chrono::nanoseconds kPoll{100'000'000};
-
 using SharedClock = std::shared_ptr<BusyClock>;
 
 void destroy_reader(PyObject* capsule) {

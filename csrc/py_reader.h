@@ -1,6 +1,7 @@
 // What the Python faces of reads, of read plans and of moves share.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -14,6 +15,9 @@ namespace moert {
 constexpr const char* kReaderName = "moert.reader";
 constexpr const char* kRecordName = "moert.record";
 constexpr const char* kMovesName = "moert.moves";
+
+// How long a thread that waits may be deaf to signals that another one has received.
+constexpr std::chrono::nanoseconds kPoll{100'000'000};
 
 using SharedRecord = std::shared_ptr<Record>;
 using SharedMoves = std::shared_ptr<const Moves>;

@@ -143,18 +143,7 @@ class ExpertFfn:
         Raises:
             ValueError: dtypes, shapes or places do not fit.
         """
-        if (
-            hidden.dtype is not self.dtype
-            or hidden.shape != (1, self.hidden)
-            or not hidden.is_contiguous()
-            or not hidden.is_cpu
-        ):
-            raise self._unfit("hidden states", hidden, self.dtype)
-        if weights.dtype is not torch.float32 or not weights.is_contiguous() or not weights.is_cpu:
-            raise ValueError(
-                f"weights must be contiguous torch.float32 on the CPU, not {tuple(weights.shape)} in {weights.dtype} "
-                f"on {weights.device}"
-            )
+        self.check_token(hidden, weights)
         y = torch.empty_like(hidden)
         _C.ffn_token(
             self.arguments,
@@ -169,6 +158,24 @@ class ExpertFfn:
             list(places),
         )
         return y
+
+    def check_token(self, hidden: torch.Tensor, weights: torch.Tensor) -> None:
+        """
+        Raises:
+            ValueError: `hidden` is not one token [1, D] of the layer, or `weights` are no weights of experts.
+        """
+        if (
+            hidden.dtype is not self.dtype
+            or hidden.shape != (1, self.hidden)
+            or not hidden.is_contiguous()
+            or not hidden.is_cpu
+        ):
+            raise self._unfit("hidden states", hidden, self.dtype)
+        if weights.dtype is not torch.float32 or not weights.is_contiguous() or not weights.is_cpu:
+            raise ValueError(
+                f"weights must be contiguous torch.float32 on the CPU, not {tuple(weights.shape)} in {weights.dtype} "
+                f"on {weights.device}"
+            )
 
     def submit(
         self,

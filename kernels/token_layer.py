@@ -104,6 +104,55 @@ class LayersOutput(NamedTuple):
     """Seconds that the experts of each layer took. As long as layers have run whole; the rest is of no meaning."""
 
 
+class LayersOneByOne:
+    """One token through layers one after the other, with memory for all of them.
+
+    As `TokenLayer.run` of each; whoever has to look in between who was picked can.
+    """
+
+    def __init__(self, layers: Sequence[TokenLayer], x: torch.Tensor) -> None:
+        """`layers` are of one `shape`, and take tokens like `x`."""
+        self._layers, self._at = layers, 0
+        count = len(layers)
+        hidden, normed, outputs = (part.unbind(0) for part in x.new_empty((3, count, *x.shape)).unbind(0))
+        self._picks = picks = Picks(layers[0].block, x, count)
+        shared: Sequence[torch.Tensor | None] = [None] * count if picks.shared is None else picks.shared.unbind(0)
+        found = (picks.ids.unbind(0), picks.weights.unbind(0), picks.logits.unbind(0))
+        self._memory = list(zip(hidden, normed, *found, shared, strict=True))
+        self._outputs = outputs
+
+    def run(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tokens: int,
+        experts: ExpertTable | None,
+    ) -> LayerOutput | None:
+        """As `TokenLayer.run` of the next layer, whether the one before has been run or not."""
+        at, self._at = self._at, self._at + 1
+        layer, output = self._layers[at], self._outputs[at]
+        hidden, normed, ids, weights, logits, shared = self._memory[at]
+        attention = layer.attention
+        if not attention.takes(x):
+            return None
+        angles = attention.angles(cos, sin)
+        token = angles and attention.arguments(
+            x.data_ptr(), angles, keys, values, tokens, hidden.data_ptr(), normed.data_ptr()
+        )
+        if token is None:
+            return None
+        picks = self._picks.arguments(at, experts, output.data_ptr())
+        (took,) = _C.run_layers([(layer.plan, token, picks, None)])
+        return LayerOutput(hidden, normed, ids, weights, logits, shared, None if took < 0 else output, took)
+
+    def finish(self, found: LayerOutput, experts: torch.Tensor) -> torch.Tensor:
+        """As `TokenLayer.finish` of the layer that has just been run."""
+        return self._layers[self._at - 1].finish(found, experts)
+
+
 def run_layers(
     layers: Sequence[TokenLayer],
     x: torch.Tensor,

@@ -46,6 +46,19 @@ def ffn_token(
     places: list[int],
     /,
 ) -> None: ...
+def ffn_arriving(
+    gate: tuple[object, ...],
+    number: str,
+    hidden: int,
+    width: int,
+    x: int,
+    y: int,
+    weights: int,
+    count: int,
+    held: int,
+    experts: list[tuple[object, int, object | None]],
+    /,
+) -> tuple[list[bool], float, float]: ...
 def ffn_submit(
     gate: tuple[Any, ...],
     number: str,

@@ -16,7 +16,7 @@ from moert.hf.decoder_layer import DecoderLayerForward
 from moert.hf.dense_compute import count
 from moert.hf.self_attention import SelfAttentionForward
 from moert.kernels.self_attention import SelfAttention
-from moert.kernels.token_layer import LayerOutput, TokenLayer
+from moert.kernels.token_layer import LayerOutput, LayersOneByOne, TokenLayer
 
 PROMPT = torch.tensor([[5, 3, 9, 11, 2, 8, 1]])
 STEPS = 5
@@ -27,15 +27,15 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.attentions = self.layers = self.complete = self.ahead = 0
-        attend, run = SelfAttention.run, TokenLayer.run
+        attend, runs = SelfAttention.run, {kind: kind.run for kind in (TokenLayer, LayersOneByOne)}
 
         def attention(kernel: SelfAttention, *args: Any) -> Any:
             found = attend(kernel, *args)
             self.attentions += found is not None
             return found
 
-        def layer(kernel: TokenLayer, *args: Any) -> LayerOutput | None:
-            found = run(kernel, *args)
+        def layer(kernel: TokenLayer | LayersOneByOne, *args: Any) -> LayerOutput | None:
+            found = runs[type(kernel)](kernel, *args)
             self.layers += found is not None
             self.complete += found is not None and found.output is not None
             return found
@@ -50,7 +50,8 @@ class Counted:
 
         run_layers = layer_chain.run_layers
         monkeypatch.setattr(SelfAttention, "run", attention)
-        monkeypatch.setattr(TokenLayer, "run", layer)
+        for kind in runs:
+            monkeypatch.setattr(kind, "run", layer)
         monkeypatch.setattr(layer_chain, "run_layers", layers)
 
     def take(self) -> tuple[int, int, int]:

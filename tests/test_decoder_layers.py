@@ -20,7 +20,7 @@ from moert.hf.decoder_layer import DecoderLayerForward
 from moert.hf.dense_compute import count, give_back, take_over
 from moert.hf.layer_chain import LayerChain
 from moert.hf.self_attention import SelfAttentionForward
-from moert.kernels.token_layer import TokenLayer
+from moert.kernels.token_layer import LayersOneByOne
 
 counted = decoder_support.counted
 
@@ -81,7 +81,8 @@ def test_layers_whose_experts_are_not_all_there(
     _, layers, complete = counted.take()
     assert layers == (STEPS - 1) * model.config.num_hidden_layers
     assert complete == 0
-    assert not asked, "each layer would ask all that follow it"
+    assert set(asked) <= {0}, "each layer would ask all that follow it"
+    assert len(asked) <= 2  # until the cache has room for a token, and the layers are known
 
 
 def test_slots_that_hold_all_and_then_do_not(zoo: Zoo, counted: Counted) -> None:
@@ -164,7 +165,7 @@ def test_a_failing_step_can_be_run_again(zoo: Zoo, monkeypatch: pytest.MonkeyPat
         def fail(*args: Any) -> None:
             raise MemoryError
 
-        for holder, name in ((layer_chain, "run_layers"), (TokenLayer, "run")):
+        for holder, name in ((layer_chain, "run_layers"), (LayersOneByOne, "run")):
             with monkeypatch.context() as patch:
                 patch.setattr(holder, name, fail)
                 if name == "run":

@@ -74,7 +74,6 @@ class BaseModelForward(OwnForward):
         ids, places, cache = (arguments.get(name) for name in ("input_ids", "position_ids", "past_key_values"))
         if (
             not _is_one(ids)
-            or not self._chain.is_complete
             or not (places is None or _is_one(places))
             or not isinstance(cache, Cache)
             or not self._is_usual(arguments)
@@ -94,6 +93,8 @@ class BaseModelForward(OwnForward):
             "position_embeddings": children[self._names.rotary].forward(x, places),
             "attention_mask": None,
             "past_key_values": cache,
+            "position_ids": places,
+            "use_cache": True,
         }
         hidden = self._chain.run_all(x, given, self._count)
         if hidden is None:

@@ -16,7 +16,7 @@ from moert.hf.self_attention import SelfAttentionForward, Token
 from moert.hf.stand_ins import Normal, StandIn, same, with_children
 from moert.hf.unchanged import Unchanged
 from moert.kernels.self_attention import SelfAttention
-from moert.kernels.token_layer import TokenLayer
+from moert.kernels.token_layer import LayersOneByOne, TokenLayer
 
 _MAGNITUDES = (1.0, 1e3)
 _PASSED_ON = ("attention_mask", "position_embeddings", "past_key_values", "position_ids", "use_cache")
@@ -169,14 +169,19 @@ class Whole:
         """The router has made that of [1, 1, D]: [1, K] twice and [1, E]. Tell who looks at it."""
         self._known.block.tell(normed[0], ids, weights, logits)
 
-    def run(self, token: Token) -> torch.Tensor | None:
-        """The layer's output for it; None, and nothing has happened, where the kernel is not for it."""
+    def run(self, token: Token, kernel: TokenLayer | LayersOneByOne | None = None) -> torch.Tensor | None:
+        """The layer's output for it; None, and nothing has happened, where the kernel is not for it.
+
+        Args:
+            kernel: what runs `layer`; None: that itself.
+        """
         compute = self._known.block.experts.adapter.compute
-        found = self.runtime.run_token(self.index, self.layer, token.arguments, compute)
+        found = self.runtime.run_token(self.index, kernel or self.layer, token.arguments, compute)
         if found is None:
             return None
         token.layer.token_written()
-        self.tell(found.normed, found.ids, found.weights, found.logits)
+        if self.is_watched:
+            self.tell(found.normed, found.ids, found.weights, found.logits)
         return found.output
 
 

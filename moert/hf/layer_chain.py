@@ -11,7 +11,7 @@ from torch import nn
 from moert import _C
 from moert.hf.known_layers import KnownLayers
 from moert.hf.self_attention import Token
-from moert.kernels.token_layer import LayersOutput, run_layers
+from moert.kernels.token_layer import LayersOneByOne, LayersOutput, run_layers
 
 if TYPE_CHECKING:
     from moert.hf.decoder_layer import DecoderLayerForward, Whole
@@ -51,42 +51,71 @@ class LayerChain:
             self._ahead = ahead
         return output
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether all experts are there, without which `run_all` need not be tried."""
-        first = self._forwards[0]
-        whole = None if first is None else first.whole
-        return whole is not None and whole.runtime.is_complete
-
     def run_all(self, x: Any, arguments: dict[str, Any], count: int) -> torch.Tensor | None:
         """What the last one gives for the token `x`; None, and nothing has happened, unless all of them, `count`, can
-        be run without their modules being called."""
-        ahead = self._begin(0, x, arguments, count)
-        if ahead is None:
+        be run without their modules being called.
+
+        Args:
+            arguments: as a layer takes them that has to be called after all.
+        """
+        wholes, tokens = self._tokens(0, x, arguments)
+        if len(tokens) < count:
+            return None
+        if self._may_run(0, count):
+            ahead = self._together(0, x, wholes, tokens, arguments, count)
+            if ahead is not None:
+                self._ahead = None
+                return ahead.take_all()
+        if not wholes[0].layer.attention.takes(x):
             return None
         self._ahead = None
-        return ahead.take_all()
+        return self._one_by_one(x, wholes, tokens, arguments)
 
-    def _begin(self, place: int, x: Any, arguments: dict[str, Any], fewest: int = 1) -> _Ahead | None:
-        """Those layers that can be run together, two or more; None if fewer than `fewest` have run."""
-        least = max(fewest, 2)
-        if not self._may_run(place, least):
+    def _one_by_one(
+        self, x: torch.Tensor, wholes: Sequence[Whole], tokens: Sequence[Token], arguments: dict[str, Any]
+    ) -> torch.Tensor:
+        """What the last one gives, where experts are missing: nobody knows before a layer has run which of the next."""
+        kernel = LayersOneByOne([whole.layer for whole in wholes], x)
+        for name, forward, whole, token in zip(self._names, self._forwards, wholes, tokens, strict=True):
+            module = self._children[name]
+            if forward is not None and forward.look is not None:
+                forward.look(module, (x,), arguments)
+            output = whole.run(Token((x, *token.arguments[1:]), token.layer), kernel)
+            x = module(x, **arguments) if output is None else output
+        return x
+
+    def _begin(self, place: int, x: Any, arguments: dict[str, Any]) -> _Ahead | None:
+        """Those layers that can be run together, two or more; None if none has run."""
+        if not self._may_run(place, 2):
             return None
+        wholes, tokens = self._tokens(place, x, arguments)
+        return None if len(tokens) < 2 else self._together(place, x, wholes, tokens, arguments)
+
+    def _tokens(self, place: int, x: Any, arguments: dict[str, Any]) -> tuple[Sequence[Whole], list[Token]]:
+        """As many of the layers from `place` on as take the token `x`, and as what."""
         known = self._known.get(place)
         tokens = None if known is None else known.tokens(x, arguments)
         if known is not None and tokens is not None:
-            wholes: Sequence[Whole] = known.wholes
-        else:
-            wholes, tokens = self._take(place, x, arguments)
-        if len(tokens) < least:
-            return None
+            return known.wholes, tokens
+        return self._take(place, x, arguments)
+
+    def _together(
+        self,
+        place: int,
+        x: torch.Tensor,
+        wholes: Sequence[Whole],
+        tokens: list[Token],
+        arguments: dict[str, Any],
+        fewest: int = 1,
+    ) -> _Ahead | None:
+        """As many of these layers as can be run in one call, two or more; None if fewer than `fewest` have."""
         cos, sin = tokens[0].arguments[1:3]
         layers, places = [whole.layer for whole in wholes], [token.arguments[3:] for token in tokens]
         runtime = wholes[0].runtime
         output = runtime.run_ahead(
             [whole.index for whole in wholes[: len(tokens)]],
             lambda tables: run_layers(layers[: len(tables)], x, cos, sin, places[: len(tables)], tables),
-            least,
+            max(fewest, 2),
         )
         if output is None or len(output.experts_s) < fewest:
             return None

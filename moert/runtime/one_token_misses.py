@@ -8,6 +8,7 @@ from time import perf_counter
 import torch
 
 from moert.errors import MoertError
+from moert.kernels.arriving import run_arriving
 from moert.kernels.cpu_ffn import ExpertFfn, add_in_order
 from moert.runtime.fused import FusedExperts
 from moert.runtime.layer import LayerCache
@@ -44,16 +45,14 @@ def run_misses(
     """
     awaited: set[ExpertId] = set()
     try:
-        held = _run(layer, fused.ffn, hidden, event, picks, pipeline, look_ahead, awaited)
+        out = _run(layer, fused.ffn, hidden, event, places, weights, picks, pipeline, look_ahead, awaited)
     except MoertError:
         # Nobody waits for the rest of its reads.
         pipeline.withdraw(awaited)
         _end(layer)
         raise
     _end(layer)
-    out = torch.zeros(1, hidden.shape[1])
-    add_in_order(held, places, weights, out)
-    return out.to(hidden.dtype)
+    return out
 
 
 def _run(
@@ -61,12 +60,14 @@ def _run(
     ffn: ExpertFfn,
     hidden: torch.Tensor,
     event: list[ExpertId],
+    places: list[int],
+    weights: torch.Tensor,
     picks: tuple[torch.Tensor, torch.Tensor],
     pipeline: Pipeline,
     look_ahead: LookAhead | None,
     awaited: set[ExpertId],
 ) -> torch.Tensor:
-    """What each expert of the event gives, not weighted: [K, D]. `awaited` are those whose reads it waits for."""
+    """As `run_misses`. `awaited` are those whose reads it waits for."""
     residency, stats, index = layer.residency, layer.stats, layer.spec.index
     tells = look_ahead is not None and look_ahead.tells(index)
     if look_ahead is not None and tells:
@@ -89,9 +90,42 @@ def _run(
             # What only later steps go by is learned while this one waits.
             look_ahead.observe(index, *picks)
         look_ahead.step(index, hidden)
-    held = torch.zeros(len(event), hidden.shape[1])
-    row_of = {expert: row for row, expert in enumerate(event)}
     ready: Sequence[ExpertId] = hits
+    row_of = {expert: row for row, expert in enumerate(event)}
+    records = pipeline.records(misses)
+    if records is None:
+        held = torch.zeros(len(event), hidden.shape[1])
+    else:
+        of = dict(zip(misses, records, strict=True))
+        found = run_arriving(ffn, hidden, layer.fused_experts(event), places, weights, [of.get(one) for one in event])
+        stats.compute_s += found.compute_s
+        stats.stall_s += found.wait_s
+        if found.output is not None:
+            pipeline.collect()
+            pipeline.pump()
+            awaited.clear()
+            return found.output
+        # The others could not be read so: a Python thread reads them, or says why not.
+        held, ready = found.held, ()
+        row_of = {expert: row for expert, row in row_of.items() if not found.is_computed[row]}
+    _run_the_rest(layer, ffn, hidden, row_of, ready, held, pipeline, awaited)
+    out = torch.zeros(1, hidden.shape[1])
+    add_in_order(held, places, weights, out)
+    return out.to(hidden.dtype)
+
+
+def _run_the_rest(
+    layer: LayerCache,
+    ffn: ExpertFfn,
+    hidden: torch.Tensor,
+    row_of: dict[ExpertId, int],
+    ready: Sequence[ExpertId],
+    held: torch.Tensor,
+    pipeline: Pipeline,
+    awaited: set[ExpertId],
+) -> None:
+    """Compute those that have a row of `held` [K, D]: what is `ready`, and the others as they arrive."""
+    residency, stats = layer.residency, layer.stats
     while True:
         if ready:
             begin = perf_counter()
@@ -102,7 +136,7 @@ def _run(
                 residency.release(expert)
             stats.compute_s += perf_counter() - begin
         if not awaited:
-            return held
+            return
         arrived = pipeline.collect()
         if not arrived:
             # What has been computed may have left its slot.
@@ -113,8 +147,8 @@ def _run(
             finally:
                 stats.stall_s += perf_counter() - begin
         pipeline.pump()
-        ready = [expert for expert in arrived if expert in awaited]
-        awaited.difference_update(ready)
+        awaited.difference_update(arrived)
+        ready = [expert for expert in arrived if expert in row_of]
 
 
 def _end(layer: LayerCache) -> None:

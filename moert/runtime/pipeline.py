@@ -195,6 +195,24 @@ class Pipeline:
             batch.append(expert)
         return batch
 
+    def records(self, experts: Iterable[ExpertId]) -> list[object] | None:
+        """What the extension's threads read each of these experts from; None where others read one of them, and while
+        anything is queued, which may go on as soon as the first has come.
+
+        Raises:
+            MoertError: the threads that read them belong to another process.
+        """
+        if any(self._queues.values()):
+            return None
+        records = []
+        for expert in experts:
+            transfer = self._in_flight.get(expert)
+            record = None if transfer is None else transfer.fetch.handle.native
+            if record is None:
+                return None
+            records.append(record)
+        return records
+
     def collect(self) -> list[ExpertId]:
         """Settle what has arrived; the experts that are resident now. Never blocks.
 

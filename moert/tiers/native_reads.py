@@ -91,6 +91,11 @@ class NativeHandle(ReadHandle):
         self.priority = priority
 
     @property
+    def native(self) -> object | None:
+        self._owner.check_process()
+        return self._record if self._again is None else None
+
+    @property
     def ready(self) -> bool:
         if not self._settled:
             if _C.record_state(self._record) == _UNDER_WAY:

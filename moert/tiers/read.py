@@ -75,6 +75,15 @@ class ReadHandle(ABC):
     def read_s(self) -> float:
         """Seconds its reads took, without the wait in the queue and without `finish`; 0 until it is over."""
 
+    @property
+    def native(self) -> object | None:
+        """The record as the extension's kernels may wait for it; None: only `wait` can.
+
+        Raises:
+            MoertError: the threads that read it belong to another process.
+        """
+        return None
+
     @abstractmethod
     def wait(self, timeout: float | None = None) -> tuple[int, ...]:
         """Block until the record is there; return where each read's bytes start in its destination, in order.
