@@ -32,6 +32,7 @@ class VirtualRead:
         self.priority = priority
         self.ready = False
         self.is_given_up = False
+        self.native: object | None = None
 
     @property
     def chunk_s(self) -> float:
