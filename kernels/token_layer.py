@@ -67,18 +67,32 @@ class TokenLayer:
         Returns:
             None, and nothing is written, where the kernel is not for these tensors.
         """
-        if not self.attention.takes(x):
-            return None
         y, normed, output = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-        attention, angles = self.attention, self.attention.angles(cos, sin)
-        token = angles and attention.arguments(
-            x.data_ptr(), angles, keys, values, tokens, y.data_ptr(), normed.data_ptr()
-        )
-        if token is None:
-            return None
         picks = Picks(self.block, x)
-        (took,) = _C.run_layers([(self.plan, token, picks.arguments(0, experts, output.data_ptr()), None)])
-        return LayerOutput(y, *picks.found(normed, output, took))
+        took = self.compute(
+            (x, cos, sin, keys, values, tokens), y, normed, picks.arguments(0, experts, output.data_ptr())
+        )
+        return None if took is None else LayerOutput(y, *picks.found(normed, output, took))
+
+    def compute(
+        self,
+        token: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int],
+        hidden: torch.Tensor,
+        normed: torch.Tensor,
+        picks: tuple[Any, ...],
+    ) -> float | None:
+        """As `run` of `token`, into memory that the caller has: `hidden` and `normed` like x, and that of `picks`, as
+        `Picks.arguments` gives it. The seconds that the experts took, below 0 where they were not computed."""
+        x, cos, sin, keys, values, tokens = token
+        attention = self.attention
+        angles = attention.angles(cos, sin) if attention.takes(x) else None
+        arguments = angles and attention.arguments(
+            x.data_ptr(), angles, keys, values, tokens, hidden.data_ptr(), normed.data_ptr()
+        )
+        if arguments is None:
+            return None
+        (took,) = _C.run_layers([(self.plan, arguments, picks, None)])
+        return took
 
     def finish(self, found: LayerOutput, experts: torch.Tensor) -> torch.Tensor:
         """The output for what `run` left without, once somebody has computed the experts [1, D]."""
@@ -135,17 +149,10 @@ class LayersOneByOne:
         at, self._at = self._at, self._at + 1
         layer, output = self._layers[at], self._outputs[at]
         hidden, normed, ids, weights, logits, shared = self._memory[at]
-        attention = layer.attention
-        if not attention.takes(x):
-            return None
-        angles = attention.angles(cos, sin)
-        token = angles and attention.arguments(
-            x.data_ptr(), angles, keys, values, tokens, hidden.data_ptr(), normed.data_ptr()
-        )
-        if token is None:
-            return None
         picks = self._picks.arguments(at, experts, output.data_ptr())
-        (took,) = _C.run_layers([(layer.plan, token, picks, None)])
+        took = layer.compute((x, cos, sin, keys, values, tokens), hidden, normed, picks)
+        if took is None:
+            return None
         return LayerOutput(hidden, normed, ids, weights, logits, shared, None if took < 0 else output, took)
 
     def finish(self, found: LayerOutput, experts: torch.Tensor) -> torch.Tensor:

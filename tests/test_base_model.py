@@ -17,6 +17,7 @@ from moert.hf import base_model
 from moert.hf.base_model import BaseModelForward, base_model_forward
 from moert.hf.dense_compute import count
 from moert.kernels.token_layer import LayersOneByOne
+from moert.runtime import one_token_misses
 
 WHOLE = ["olmoe", "mixtral", "qwen3_moe"]
 
@@ -281,6 +282,27 @@ def test_a_layer_that_its_kernel_is_not_for(zoo: Zoo, counted: Counted, monkeypa
         run = LayersOneByOne.run
         monkeypatch.setattr(LayersOneByOne, "run", lambda self, *given: run(self, *given) and None)
         assert torch.equal(decode(model), wanted)
+
+
+def test_reads_that_only_python_can_do(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been computed when one of them fails is not computed again."""
+    model, left_out = zoo.fresh("qwen3_moe", torch.bfloat16), []
+    right = one_token_misses.run_arriving
+
+    def failing(ffn: Any, hidden: Any, experts: Any, places: Any, weights: Any, records: list[Any]) -> Any:
+        found = right(ffn, hidden, experts, places, weights, records)
+        missing = [place for place, record in enumerate(records) if record is not None]
+        if len(missing) < 2:
+            return found
+        left_out.append(missing[0])
+        found.held[missing[0]] = 0
+        return found._replace(output=None, is_computed=[place != missing[0] for place in range(len(records))])
+
+    with moert.patch(model, host_memory="25%", predictor="none"):
+        wanted = by_the_class(model)
+        monkeypatch.setattr(one_token_misses, "run_arriving", failing)
+        assert torch.equal(decode(model), wanted)
+    assert left_out
 
 
 def test_a_window_is_not_left_out(zoo: Zoo) -> None:

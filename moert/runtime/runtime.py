@@ -196,12 +196,6 @@ class OffloadRuntime(PlannedCalls):
         takes fewer."""
         return self._torn or (self.device is None and all(self.layers[layer].is_complete for layer in layers))
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every expert is resident, so that `run_ahead` may take all layers; asked at any time, without waiting
-        for another use."""
-        return self._torn or all(layer.is_complete for layer in self.layers)
-
     @whole
     def note_ahead(self, layers: Sequence[tuple[int, list[int], float]]) -> None:
         """Layers that `run_ahead` ran, as their turn has come: each with the token's K picks and the seconds that its
